@@ -1,0 +1,1 @@
+//! The Twinbox agent: watches the live store, ships its changes, applies them on the standby.

@@ -1,0 +1,3 @@
+//! The `twinbox` command.
+
+fn main() {}

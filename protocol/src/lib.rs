@@ -1,0 +1,1 @@
+//! What crosses the wire between two Twinbox nodes. Sans-I/O: no sockets, no clock, no files.

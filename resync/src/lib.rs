@@ -1,0 +1,1 @@
+//! What a node remembers, and how two memories are reconciled.
