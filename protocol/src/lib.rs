@@ -1,1 +1,21 @@
-//! What crosses the wire between two Twinbox nodes. Sans-I/O: no sockets, no clock, no files.
+//! What crosses the wire between two Twinbox nodes, and the decisions about it.
+//!
+//! Sans-I/O: no sockets, no clock, no files, no randomness. `ls` shows the dataflow: [`ids`] and [`path`] are the vocabulary,
+//! [`entry`] says what a path holds, [`content`] names bytes, [`chunk`] finds what changed in large files, [`ops`] is the log's
+//! language, [`outbox`] numbers and chains it, [`msg`] and [`codec`] carry it, [`hello`] compares two nodes' memories.
+
+pub mod chunk;
+pub mod codec;
+pub mod content;
+pub mod digest;
+pub mod entry;
+pub mod hello;
+pub mod ids;
+pub mod msg;
+pub mod ops;
+pub mod outbox;
+pub mod path;
+
+/// Version of the wire protocol. Peers with another one are refused with both numbers named.
+/// - 1: first version.
+pub const PROTOCOL_VERSION: u32 = 1;
