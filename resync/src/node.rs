@@ -1,0 +1,143 @@
+//! `state.db`: which mirrors this node keeps, in which role and history. Small, and every write survives a power cut.
+//!
+//! Invariant: an LSN is handed out only below the reserved ceiling stored here, so none is ever issued twice.
+
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OptionalExtension, params};
+use twinbox_protocol::digest::DigestKey;
+use twinbox_protocol::ids::{Epoch, Generation, Lsn, MirrorId};
+
+use crate::schema::{self, StateError};
+
+const ADVICE: &str = "restore it from a backup, or move the whole state directory aside and set the node up again with `twinbox init`, `twinbox pair` and `--adopt`; the mail store itself is not affected";
+
+const MIGRATIONS: &[&str] = &["CREATE TABLE node (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+     CREATE TABLE mirror (
+        name TEXT PRIMARY KEY, mirror_id BLOB NOT NULL, role TEXT NOT NULL, generation BLOB NOT NULL,
+        epoch INTEGER NOT NULL, digest_key BLOB NOT NULL, reserved INTEGER NOT NULL, complete INTEGER NOT NULL
+     ) WITHOUT ROWID;"];
+
+/// Role of a node for one mirror.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Accepts changes.
+    Primary,
+    /// Holds the replica.
+    Standby,
+}
+
+impl Role {
+    /// As in configuration and status.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Primary => "primary",
+            Role::Standby => "standby",
+        }
+    }
+}
+
+/// What a node knows of one mirror's history.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MirrorState {
+    /// Id of the store.
+    pub mirror_id: MirrorId,
+    /// Role here.
+    pub role: Role,
+    /// History followed or written.
+    pub generation: Generation,
+    /// Its number.
+    pub epoch: Epoch,
+    /// Key of the mirror's digests.
+    pub digest_key: DigestKey,
+    /// No LSN above this was ever issued by this node.
+    pub reserved: Lsn,
+    /// The first sync has been completed: the replica is at a cut.
+    pub complete: bool,
+}
+
+/// The node's own state file.
+pub struct NodeState {
+    db: Connection,
+    path: PathBuf,
+}
+
+impl NodeState {
+    /// Opens or creates `<state>/state.db`.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn open(state_dir: &Path) -> Result<Self, StateError> {
+        let path = state_dir.join("state.db");
+        let db = schema::open(&path, MIGRATIONS, true, ADVICE)?;
+        Ok(NodeState { db, path })
+    }
+
+    fn sorted<T>(&self, result: rusqlite::Result<T>) -> Result<T, StateError> {
+        result.map_err(|error| StateError::from_sqlite(&self.path, &error, ADVICE))
+    }
+
+    /// What is known of a mirror.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn mirror(&self, name: &str) -> Result<Option<MirrorState>, StateError> {
+        let row = self.db.query_row(
+            "SELECT mirror_id, role, generation, epoch, digest_key, reserved, complete FROM mirror WHERE name = ?1",
+            [name],
+            |row| {
+                let role: String = row.get(1)?;
+                Ok(MirrorState {
+                    mirror_id: MirrorId(row.get(0)?),
+                    role: if role == "primary" { Role::Primary } else { Role::Standby },
+                    generation: Generation(row.get(2)?),
+                    epoch: Epoch(row.get::<_, i64>(3)? as u64),
+                    digest_key: DigestKey(row.get(4)?),
+                    reserved: Lsn(row.get::<_, i64>(5)? as u64),
+                    complete: row.get(6)?,
+                })
+            },
+        );
+        self.sorted(row.optional())
+    }
+
+    /// Stores what is known of a mirror; durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn set_mirror(&self, name: &str, state: &MirrorState) -> Result<(), StateError> {
+        let done = self.db.execute(
+            "INSERT OR REPLACE INTO mirror (name, mirror_id, role, generation, epoch, digest_key, reserved, complete) VALUES (?1,?2,?3,?4,?5,?6,?7,?8)",
+            params![
+                name,
+                state.mirror_id.0,
+                state.role.as_str(),
+                state.generation.0,
+                state.epoch.0 as i64,
+                state.digest_key.0,
+                state.reserved.0 as i64,
+                state.complete
+            ],
+        );
+        self.sorted(done).map(|_| ())
+    }
+
+    /// Raises the ceiling of LSNs; durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn reserve(&self, name: &str, ceiling: Lsn) -> Result<(), StateError> {
+        let done = self.db.execute("UPDATE mirror SET reserved = max(reserved, ?2) WHERE name = ?1", params![name, ceiling.0 as i64]);
+        self.sorted(done).map(|_| ())
+    }
+
+    /// Notes whether the first sync is complete; durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn set_complete(&self, name: &str, complete: bool) -> Result<(), StateError> {
+        let done = self.db.execute("UPDATE mirror SET complete = ?2 WHERE name = ?1 AND complete != ?2", params![name, complete]);
+        self.sorted(done).map(|_| ())
+    }
+}

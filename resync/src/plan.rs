@@ -1,0 +1,358 @@
+//! From what was observed at a cut to the ops of one transaction.
+//!
+//! The plan starts from the rows as they are, applies the renames that were seen, then compares every dirty path with what was observed and emits what is missing, performing each op on the
+//! rows as it goes: after the plan the rows *are* the observed state. Renames seen ("hints") are only a better starting point: a wrong one costs bytes or another look, never correctness.
+//!
+//! Pure but for the rows it is given; on an error they are rolled back.
+
+use std::collections::{BTreeMap, HashSet};
+
+use serde_bytes::ByteBuf;
+use twinbox_protocol::entry::Entry;
+use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::ops::{Attrs, Content, Op, Seg};
+use twinbox_protocol::path::RelPath;
+
+use crate::manifest::REF_MIN;
+use crate::rows::{Local, Row, RowError, Rows, perform};
+use crate::view::View;
+
+/// A rename seen in the event queue.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hint {
+    /// Old name.
+    pub from: RelPath,
+    /// New name.
+    pub to: RelPath,
+}
+
+/// How the bytes of an observed file are at hand.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Body {
+    /// Not a regular file, or not read because nothing says that it changed: the standby has this content.
+    Unread,
+    /// Here, whole.
+    Bytes(Vec<u8>),
+    /// As pieces.
+    Recipe(Vec<Seg>),
+    /// Sent ahead; staged on the standby under its name.
+    Staged,
+    /// As changed ranges of `base`.
+    Patch {
+        /// What the row must hold.
+        base: ContentHash,
+        /// `(offset, bytes)`.
+        writes: Vec<(u64, ByteBuf)>,
+    },
+}
+
+/// A path as observed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// What it is.
+    pub entry: Entry,
+    /// What only this machine knows of it.
+    pub local: Local,
+    /// Number of names of its inode.
+    pub nlink: u64,
+    /// Its bytes.
+    pub body: Body,
+}
+
+/// What looking at a dirty path gave.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Seen {
+    /// Nothing is there.
+    Absent,
+    /// This is there.
+    Present(Box<Found>),
+    /// Could not be read, or is never mirrored: what the standby has stays.
+    Skip,
+}
+
+/// Why there is no plan.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// Rows and observations do not fit: look at this place again, with everything below it.
+    #[error("{path} must be looked at again ({why})")]
+    Rescan {
+        /// Where.
+        path: RelPath,
+        /// What did not fit.
+        why: String,
+    },
+    /// The row store failed.
+    #[error("{detail}")]
+    Store {
+        /// Its words.
+        detail: String,
+    },
+}
+
+impl From<RowError> for PlanError {
+    fn from(error: RowError) -> Self {
+        let why = error.to_string();
+        match error {
+            RowError::Store { detail } => PlanError::Store { detail },
+            RowError::Missing { path } | RowError::NoParent { path } | RowError::NotEmpty { path } | RowError::WrongType { path } => {
+                PlanError::Rescan { path, why }
+            }
+        }
+    }
+}
+
+struct Planner<'a> {
+    view: &'a mut View,
+    seen: &'a BTreeMap<RelPath, Seen>,
+    ops: Vec<Op>,
+}
+
+/// Plans the transaction `lsn`. The result may be empty: nothing to ship.
+///
+/// # Errors
+/// [`PlanError`]; the rows are as before.
+pub fn plan(view: &mut View, lsn: Lsn, seen: &BTreeMap<RelPath, Seen>, hints: &[Hint]) -> Result<Vec<Op>, PlanError> {
+    view.start(lsn);
+    let mut planner = Planner { view, seen, ops: vec![] };
+    match planner.run(hints) {
+        Ok(()) => {
+            let ops = planner.ops;
+            view.keep();
+            Ok(ops)
+        }
+        Err(error) => {
+            view.roll_back();
+            Err(error)
+        }
+    }
+}
+
+impl Planner<'_> {
+    fn emit(&mut self, op: Op) -> Result<(), PlanError> {
+        perform(self.view, &op)?;
+        self.ops.push(op);
+        Ok(())
+    }
+
+    fn found(&self, path: &RelPath) -> Option<&Found> {
+        match self.seen.get(path) {
+            Some(Seen::Present(found)) => Some(found),
+            _ => None,
+        }
+    }
+
+    fn run(&mut self, hints: &[Hint]) -> Result<(), PlanError> {
+        self.renames(hints)?;
+        let present: Vec<(&RelPath, &Found)> =
+            self.seen.iter().filter_map(|(p, s)| if let Seen::Present(f) = s { Some((p, &**f)) } else { None }).collect();
+        for (path, found) in present.iter().filter(|(_, f)| f.entry.is_dir()) {
+            self.directory(path, found)?;
+        }
+        for (path, found) in present.iter().filter(|(_, f)| !f.entry.is_dir()) {
+            self.file(path, found)?;
+        }
+        for (path, seen) in self.seen.iter().rev() {
+            if *seen == Seen::Absent
+                && let Some(row) = self.view.row(path)?
+            {
+                self.remove(path, &row)?;
+            }
+        }
+        for (path, found) in &present {
+            if let Some(row) = self.view.row(path)? {
+                let attrs = Attrs::of(&found.entry);
+                if found.entry.is_dir() && Attrs::of(&row.entry) != attrs {
+                    self.emit(Op::SetMeta { path: (*path).clone(), attrs })?;
+                }
+            }
+            self.view.set_local(path, Some(found.local))?;
+        }
+        Ok(())
+    }
+
+    fn renames(&mut self, hints: &[Hint]) -> Result<(), PlanError> {
+        let inos: HashSet<u64> =
+            self.seen.values().filter_map(|s| if let Seen::Present(f) = s { Some(f.local.ino) } else { None }).collect();
+        for Hint { from, to } in hints {
+            let Some(row) = self.view.row(from)? else { continue };
+            if from == to || to.is_within(from) || from.is_within(to) || !row.local.is_some_and(|l| inos.contains(&l.ino)) {
+                continue;
+            }
+            self.parents(to)?;
+            let op = Op::Rename { from: from.clone(), to: to.clone() };
+            match perform(self.view, &op) {
+                Ok(()) => self.ops.push(op),
+                Err(error @ RowError::Store { .. }) => return Err(error.into()),
+                // A file's rename that does not fit is found again by content; a directory's was taken as whole by the capture.
+                Err(error) if row.entry.is_dir() => return Err(PlanError::Rescan { path: to.clone(), why: error.to_string() }),
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the directories above `path` that are observed but not yet known.
+    fn parents(&mut self, path: &RelPath) -> Result<(), PlanError> {
+        let mut missing = vec![];
+        let mut at = path.parent();
+        while let Some(dir) = at.filter(|d| !d.is_root()) {
+            if self.view.row(&dir)?.is_some_and(|row| row.entry.is_dir()) {
+                break;
+            }
+            at = dir.parent();
+            missing.push(dir);
+        }
+        for dir in missing.into_iter().rev() {
+            match self.found(&dir).filter(|f| f.entry.is_dir()).cloned() {
+                Some(found) => self.directory(&dir, &found)?,
+                None => return Err(PlanError::Rescan { path: dir, why: "a directory on the way is not known".into() }),
+            }
+        }
+        Ok(())
+    }
+
+    fn directory(&mut self, path: &RelPath, found: &Found) -> Result<(), PlanError> {
+        let row = self.view.row(path)?;
+        if row.as_ref().is_some_and(|row| row.entry.is_dir()) {
+            return Ok(());
+        }
+        if !path.is_root() {
+            self.parents(path)?;
+        }
+        if row.is_some() {
+            self.emit(Op::Remove { path: path.clone() })?;
+        }
+        self.emit(Op::Make { path: path.clone(), entry: found.entry.clone() })
+    }
+
+    fn remove(&mut self, path: &RelPath, row: &Row) -> Result<(), PlanError> {
+        if row.entry.is_dir() {
+            for (below, _) in self.view.below(path)?.into_iter().rev() {
+                if self.found(&below).is_some() {
+                    return Err(PlanError::Rescan { path: path.clone(), why: "gone, but something below it was seen".into() });
+                }
+                self.emit(Op::Remove { path: below })?;
+            }
+        }
+        self.emit(Op::Remove { path: path.clone() })
+    }
+
+    fn file(&mut self, path: &RelPath, found: &Found) -> Result<(), PlanError> {
+        let mut row = self.view.row(path)?;
+        if let Some(dir) = row.as_ref().filter(|row| row.entry.is_dir()) {
+            let dir = dir.clone();
+            self.remove(path, &dir)?;
+            row = None;
+        }
+        self.parents(path)?;
+        if !self.settled(path, found, row.as_ref())? {
+            self.content(path, found, row.as_ref())?;
+        }
+        let attrs = Attrs::of(&found.entry);
+        if self.view.row(path)?.is_some_and(|row| Attrs::of(&row.entry) != attrs) {
+            self.emit(Op::SetMeta { path: path.clone(), attrs })?;
+        }
+        Ok(())
+    }
+
+    /// Whether the row already holds this content under the right inode, after a link or rename if need be.
+    fn settled(&mut self, path: &RelPath, found: &Found, row: Option<&Row>) -> Result<bool, PlanError> {
+        let ino = found.local.ino;
+        let same = row.is_some_and(|row| row.entry.kind == found.entry.kind);
+        let same_ino = row.and_then(|row| row.local).is_some_and(|l| l.ino == ino);
+        if same && same_ino {
+            return Ok(true);
+        }
+        if found.nlink > 1
+            && let Some(leader) = self.leader(path, found)?
+        {
+            self.emit(Op::Link { from: leader, to: path.clone() })?;
+            self.view.set_local(path, Some(found.local))?;
+            return Ok(true);
+        }
+        if same {
+            // Another inode with the same content. On the standby the old one may be shared with other names: then part them.
+            let shared = match row.and_then(|row| row.local) {
+                Some(local) => self.view.by_ino(local.ino)?.iter().any(|other| other != path),
+                None => false,
+            };
+            return Ok(!shared);
+        }
+        if row.is_none() && found.entry.hash().is_some() && found.nlink == 1 {
+            for source in self.view.by_ino(ino)? {
+                let kept = self.view.row(&source)?.is_some_and(|row| row.entry.kind == found.entry.kind);
+                if kept && self.seen.get(&source) == Some(&Seen::Absent) {
+                    self.emit(Op::Rename { from: source, to: path.clone() })?;
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Another name of the same inode whose row is already as it should be.
+    fn leader(&self, path: &RelPath, found: &Found) -> Result<Option<RelPath>, PlanError> {
+        for other in self.view.by_ino(found.local.ino)? {
+            let here = match self.seen.get(&other) {
+                None => true,
+                Some(Seen::Present(f)) => f.local.ino == found.local.ino,
+                Some(_) => false,
+            };
+            if other != *path && here && self.view.row(&other)?.is_some_and(|row| row.entry.kind == found.entry.kind) {
+                return Ok(Some(other));
+            }
+        }
+        Ok(None)
+    }
+
+    fn content(&mut self, path: &RelPath, found: &Found, row: Option<&Row>) -> Result<(), PlanError> {
+        let Some(hash) = found.entry.hash() else {
+            if row.is_some() {
+                self.emit(Op::Remove { path: path.clone() })?;
+            }
+            self.emit(Op::Make { path: path.clone(), entry: found.entry.clone() })?;
+            return self.relink(path, found);
+        };
+        let (path, entry) = (path.clone(), found.entry.clone());
+        let known = |view: &View| Ok::<_, PlanError>(entry.size() >= REF_MIN && view.has_content(hash)?);
+        let content = match &found.body {
+            Body::Patch { base, writes } => {
+                if found.nlink > 1 || row.and_then(|row| row.entry.hash()) != Some(*base) {
+                    return Err(PlanError::Rescan { path, why: "its earlier content is not the one compared with".into() });
+                }
+                return self.emit(Op::Patch { path, entry, base: *base, writes: writes.clone() });
+            }
+            Body::Unread => Content::Known,
+            Body::Staged => Content::Staged,
+            Body::Bytes(_) | Body::Recipe(_) if known(self.view)? => Content::Known,
+            Body::Bytes(bytes) => Content::Inline(ByteBuf::from(bytes.clone())),
+            Body::Recipe(segs) => Content::Recipe(segs.clone()),
+        };
+        self.emit(Op::Put { path: path.clone(), entry, content })?;
+        self.relink(&path, found)
+    }
+
+    /// `path` is a new inode on the standby: its other names follow it there.
+    fn relink(&mut self, path: &RelPath, found: &Found) -> Result<(), PlanError> {
+        self.view.set_local(path, Some(found.local))?;
+        if found.nlink < 2 {
+            return Ok(());
+        }
+        for other in self.view.by_ino(found.local.ino)? {
+            let still = match self.seen.get(&other) {
+                None => true,
+                Some(Seen::Present(f)) => f.local.ino == found.local.ino,
+                Some(_) => false,
+            };
+            if other != *path && still {
+                self.emit(Op::Link { from: path.clone(), to: other })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;
