@@ -1,1 +1,4 @@
 //! The Twinbox agent: watches the live store, ships its changes, applies them on the standby.
+
+pub mod sys;
+pub mod tree;

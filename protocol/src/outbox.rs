@@ -63,16 +63,18 @@ pub struct BadAck {
 /// See the module's text.
 pub struct Outbox {
     last: Position,
+    next: Lsn,
     ceiling: Lsn,
     in_flight: VecDeque<InFlight>,
     bytes: usize,
 }
 
 impl Outbox {
-    /// Goes on after `last`; nothing may be issued before [`Outbox::handle_reserved`].
+    /// Goes on after `last`, with numbers above `used`; nothing may be issued before [`Outbox::handle_reserved`].
     #[must_use]
-    pub fn new(last: Position) -> Self {
-        Outbox { last, ceiling: last.lsn, in_flight: VecDeque::new(), bytes: 0 }
+    pub fn new(last: Position, used: Lsn) -> Self {
+        let next = last.lsn.max(used).next();
+        Outbox { last, next, ceiling: Lsn(next.0 - 1), in_flight: VecDeque::new(), bytes: 0 }
     }
 
     /// Every LSN up to `ceiling` is reserved on disk.
@@ -83,7 +85,13 @@ impl Outbox {
     /// Whether the caller must reserve more before the next [`Outbox::seal`].
     #[must_use]
     pub fn wants_reserve(&self) -> bool {
-        self.last.lsn >= self.ceiling
+        self.next > self.ceiling
+    }
+
+    /// The number the next transaction will get.
+    #[must_use]
+    pub fn next_lsn(&self) -> Lsn {
+        self.next
     }
 
     /// Last position issued.
@@ -108,7 +116,8 @@ impl Outbox {
         if self.wants_reserve() {
             return None;
         }
-        let (prev, lsn) = (self.last.lsn, self.last.lsn.next());
+        let (prev, lsn) = (self.last.lsn, self.next);
+        self.next = lsn.next();
         let seal = Seal { digest, ops: ops.len() as u64 };
         let (mut frames, mut chain) = (vec![], Chain::after(self.last.chain));
         let (mut batch, mut weight) = (vec![], 0);
@@ -157,6 +166,8 @@ impl Outbox {
     /// The session ended and the next goes on from `from`: whatever is not durable is forgotten (its paths are dirty again).
     /// LSNs issued since stay used: numbering goes on above them.
     pub fn handle_restart(&mut self, from: Position) {
+        self.next = self.next.max(from.lsn.next());
+        self.ceiling = self.ceiling.max(from.lsn);
         self.in_flight.clear();
         self.bytes = 0;
         self.last = from;
@@ -174,7 +185,7 @@ mod tests {
 
     #[test]
     fn nothing_is_issued_above_the_reserved_ceiling() {
-        let mut outbox = Outbox::new(Position::START);
+        let mut outbox = Outbox::new(Position::START, Lsn::ZERO);
         assert!(outbox.seal(ops(1), 0, Digest::default(), 0).is_none());
         outbox.handle_reserved(Lsn(2));
         assert_eq!(outbox.seal(ops(1), 0, Digest::default(), 0).unwrap().0, Lsn(1));
@@ -184,7 +195,7 @@ mod tests {
 
     #[test]
     fn a_large_txn_is_split_and_the_chain_covers_every_part() {
-        let mut outbox = Outbox::new(Position::START);
+        let mut outbox = Outbox::new(Position::START, Lsn::ZERO);
         outbox.handle_reserved(Lsn(9));
         let (_, frames) = outbox.seal(ops(20_000), 0, Digest::default(), 5).unwrap();
         assert!(frames.len() > 3);
@@ -198,7 +209,7 @@ mod tests {
 
     #[test]
     fn acks_move_forward_only_and_never_past_what_was_issued() {
-        let mut outbox = Outbox::new(Position::START);
+        let mut outbox = Outbox::new(Position::START, Lsn::ZERO);
         outbox.handle_reserved(Lsn(9));
         for _ in 0..3 {
             outbox.seal(ops(1), 0, Digest::default(), 0).unwrap();
@@ -209,5 +220,8 @@ mod tests {
         assert_eq!(outbox.handle_durable(Lsn(7)), Err(BadAck { lsn: Lsn(7) }));
         outbox.handle_durable(Lsn(3)).unwrap();
         assert_eq!(outbox.bytes_in_flight(), 0);
+        outbox.seal(ops(1), 0, Digest::default(), 0).unwrap();
+        outbox.handle_restart(Position { lsn: Lsn(3), chain: ChainHash::ZERO });
+        assert_eq!(outbox.seal(ops(1), 0, Digest::default(), 0).unwrap().0, Lsn(5), "4 was issued once already");
     }
 }
