@@ -1,1 +1,3 @@
 //! The Twinbox agent: watches the live store, ships its changes, applies them on the standby.
+
+pub mod net;
