@@ -33,3 +33,6 @@ pub use offer::{OfferEnded, OpenOffer};
 pub use pairing::{PairError, PairedPeer, complete};
 pub use pinned::{NameTaken, PinnedPeers};
 pub use tuning::Tuning;
+
+#[cfg(test)]
+mod tests;

@@ -208,3 +208,124 @@ impl OfferDesk {
         Answer::Granted { proof }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXPORTER: [u8; 32] = [3; 32];
+
+    struct Scene {
+        desk: Arc<OfferDesk>,
+        offer: Offer,
+        open: OpenOffer,
+        guest: Fingerprint,
+        pinned: PinnedPeers,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let host = Fingerprint::from_bytes([1; 32]);
+            let addr = "192.0.2.1:1".parse().unwrap();
+            let offer = Offer::new("host", vec![addr], host, 600).unwrap();
+            let desk = Arc::new(OfferDesk::default());
+            let open = desk.open(offer.clone(), 0).unwrap();
+            Self {
+                desk,
+                offer,
+                open,
+                guest: Fingerprint::from_bytes([2; 32]),
+                pinned: PinnedPeers::new(),
+            }
+        }
+
+        fn claim(&self, role: Role) -> Claim {
+            let addrs = vec!["192.0.2.2:2".parse().unwrap()];
+            let binding = Binding {
+                exporter: EXPORTER,
+                host: ("host", self.offer.fingerprint.as_bytes()),
+                guest: ("guest", self.guest.as_bytes()),
+                guest_addrs: &addrs,
+            };
+            let proof = binding.proof(&self.offer.secret, role).unwrap();
+            Claim {
+                version: VERSION,
+                node: "guest".to_owned(),
+                addrs,
+                proof,
+            }
+        }
+
+        fn judge(&self, claim: Claim, guest: Fingerprint, exporter: [u8; 32]) -> Answer {
+            let now = Instant::now();
+            self.desk.judge(claim, guest, exporter, &self.pinned, now)
+        }
+    }
+
+    /// How a claim is changed on its way.
+    type Tamper = fn(&mut Claim, &mut Fingerprint, &mut [u8; 32]);
+
+    #[tokio::test]
+    async fn a_proof_covers_session_role_names_keys_and_addresses() {
+        let tampers: [Tamper; 5] = [
+            |claim, _, _| claim.node = "mallory".to_owned(),
+            |claim, _, _| claim.addrs.clear(),
+            |claim, _, _| claim.proof[31] ^= 1,
+            |_, guest, _| *guest = Fingerprint::from_bytes([9; 32]),
+            |_, _, exporter| exporter[0] ^= 1,
+        ];
+        for tamper in tampers {
+            let scene = Scene::new();
+            let (mut claim, mut guest) = (scene.claim(Role::Guest), scene.guest);
+            let mut exporter = EXPORTER;
+            tamper(&mut claim, &mut guest, &mut exporter);
+            assert_eq!(scene.judge(claim, guest, exporter), Answer::WrongSecret);
+            assert!(scene.pinned.snapshot().is_empty());
+        }
+        let mut scene = Scene::new();
+        let reflected = scene.claim(Role::Host);
+        let answer = scene.judge(reflected, scene.guest, EXPORTER);
+        assert_eq!(answer, Answer::WrongSecret);
+        let answer = scene.judge(scene.claim(Role::Guest), scene.guest, EXPORTER);
+        let Answer::Granted { proof } = answer else {
+            panic!("{answer:?}");
+        };
+        assert_ne!(proof, scene.claim(Role::Guest).proof);
+        assert_eq!(proof, scene.claim(Role::Host).proof);
+        assert_eq!(scene.open.paired().await.unwrap().node, "guest");
+        let again = scene.judge(scene.claim(Role::Guest), scene.guest, EXPORTER);
+        assert_eq!(again, Answer::NoOffer);
+    }
+
+    #[tokio::test]
+    async fn too_late_malformed_or_given_up_pins_nobody() {
+        let mut scene = Scene::new();
+        let late = Instant::now() + Duration::from_secs(601);
+        let claim = scene.claim(Role::Guest);
+        let answer = scene
+            .desk
+            .judge(claim, scene.guest, EXPORTER, &scene.pinned, late);
+        assert_eq!(answer, Answer::Expired);
+        assert_eq!(scene.open.paired().await, Err(OfferEnded::Expired));
+        assert!(!scene.desk.is_open());
+
+        let tampers: [fn(&mut Claim); 3] = [
+            |claim| claim.version += 1,
+            |claim| claim.node = "../etc".to_owned(),
+            |claim| claim.addrs = vec![claim.addrs[0]; ADDRS_MAX + 1],
+        ];
+        let scene = Scene::new();
+        for tamper in tampers {
+            let mut claim = scene.claim(Role::Guest);
+            tamper(&mut claim);
+            let answer = scene.judge(claim, scene.guest, EXPORTER);
+            assert_eq!(answer, Answer::Malformed);
+        }
+        assert!(scene.desk.is_open());
+
+        let Scene { open, desk, .. } = Scene::new();
+        drop(open);
+        assert!(!desk.is_open() && desk.lock().is_none());
+        assert!(scene.pinned.snapshot().is_empty());
+    }
+}
