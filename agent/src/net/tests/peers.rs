@@ -92,24 +92,18 @@ async fn dial_only_endpoint_reaches_an_ipv4_listener() {
 #[tokio::test]
 async fn junk_does_not_stop_a_good_peer() {
     let (a, b) = acquainted();
-    // First packets of handshakes that never go on, more than one source may have, from another address.
-    let sink = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let sink_addr = sink.local_addr().unwrap();
+    // First packets of handshakes that never go on, more than there are places, from another address.
     let junk = UdpSocket::bind("127.0.0.2:0").unwrap();
     let stuck = endpoint();
+    let mut dials = tokio::task::JoinSet::new();
     for n in 0..40 {
-        let dial = stuck.dial(sink_addr, b.fingerprint());
-        let first_packet = async {
-            let mut packet = vec![0; 2048];
-            let len = sink.recv(&mut packet).await.unwrap();
-            packet.truncate(len);
-            packet
-        };
-        let packet = tokio::select! {
-            _ = dial => panic!("nobody answers there"),
-            packet = first_packet => packet,
-        };
-        junk.send_to(&packet, addr(&b)).unwrap();
+        let sink = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let (stuck, to) = (stuck.clone(), sink.local_addr().unwrap());
+        let key = b.fingerprint();
+        dials.spawn(async move { stuck.dial(to, key).await });
+        let mut packet = [0; 2048];
+        let len = soon(sink.recv(&mut packet)).await.unwrap();
+        junk.send_to(&packet[..len], addr(&b)).unwrap();
         junk.send_to(&[n; 1200], addr(&b)).unwrap();
         junk.send_to(&packet[..600], addr(&b)).unwrap();
     }
