@@ -3,7 +3,7 @@
 //! ```text
 //! identity ─▶ tls ─┬▶ endpoint  dial ──────────────▶ Connection
 //! pinned ──▶───────┘  inbound   accept ─▶ admitted ─▶ Incoming
-//!                        └─ pairing (offer, code) ─▶ both keys pinned
+//!                        └─ pairing ◀─ offer ◀─ code ─▶ both keys pinned
 //! framed: one value, one frame, over any stream of a Connection
 //! ```
 //!
@@ -25,14 +25,14 @@ pub mod pinned;
 pub mod tls;
 pub mod tuning;
 
-pub use code::{CodeError, Offer, OfferError, UnixSecs};
+pub use code::{CodeError, Offer, OfferError, UnixSecs, valid_node_name};
 pub use endpoint::{BindError, CloseCode, DialError, Endpoint, Incoming, close, peer_fingerprint};
 pub use framed::{FrameError, FrameReader, encode_frame, read_frame, write_frame};
 pub use identity::{Fingerprint, FingerprintError, IdentityError, NodeKey};
 pub use offer::{OfferEnded, OpenOffer};
 pub use pairing::{PairError, PairedPeer, complete};
 pub use pinned::{NameTaken, PinnedPeers};
-pub use tuning::Tuning;
+pub use tuning::{Tuning, TuningError};
 
 #[cfg(test)]
 mod tests;

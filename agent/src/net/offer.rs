@@ -1,7 +1,7 @@
 //! The host's side of pairing: one open offer, and the decision about each claim to it.
 //!
 //! Invariants:
-//! - An offer is judged and consumed under one lock: of two guests with one code, one pairs. [`WRONG_MAX`] wrong proofs
+//! - An offer is judged and consumed under one lock: of two guests with one code, one pairs. Three wrong proofs
 //!   close it. The 128-bit secret could stand any number of guesses: the limit is there to make an attack visible.
 //! - A key is pinned before its owner is told, so that whoever hears "granted" can connect at once; and only while
 //!   somebody waits for the result, so that no pin is left that nobody persists.

@@ -2,7 +2,7 @@
 //!
 //! quinn's defaults are for 100 Mbit/s at 100 ms and send no keep-alive. A window must hold bandwidth × round trip, or the
 //! link idles: 64 MiB is 10 Gbit/s at 50 ms. Windows are also what a peer can make this node buffer, so a connection
-//! starts with [`ARRIVAL_WINDOW`] and is widened only once its key is known.
+//! starts with `ARRIVAL_WINDOW` and is widened only once its key is known.
 //!
 //! It does not measure or adapt anything; congestion control stays quinn's default.
 
