@@ -1,6 +1,11 @@
 //! The Twinbox agent: watches the live store, ships its changes, applies them on the standby.
 
+pub mod atomic;
+pub mod config;
+pub mod duration;
 pub mod exit;
 pub mod glob;
 pub mod layout;
+pub mod names;
 pub mod nearest;
+pub mod status;
