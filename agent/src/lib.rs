@@ -1,5 +1,6 @@
 //! The Twinbox agent: watches the live store, ships its changes, applies them on the standby.
 
+pub mod admin;
 pub mod atomic;
 pub mod config;
 pub mod duration;
