@@ -184,12 +184,14 @@ macro_rules! words {
 
 words! {
     /// Severity of log lines.
+    #[derive(Default)]
     LogLevel {
         /// Replication stopped and a person is needed.
         Error = "error",
         /// Degraded.
         Warn = "warn",
         /// State changes.
+        #[default]
         Info = "info",
         /// One line a transaction; addresses and paths appear.
         Debug = "debug",
@@ -200,8 +202,10 @@ words! {
 
 words! {
     /// Shape of log lines.
+    #[derive(Default)]
     LogFormat {
         /// For people.
+        #[default]
         Text = "text",
         /// One JSON object a line.
         Json = "json",
@@ -215,18 +219,6 @@ words! {
         Primary = "primary",
         /// Holds the replica.
         Standby = "standby",
-    }
-}
-
-impl Default for LogLevel {
-    fn default() -> Self {
-        LogLevel::Info
-    }
-}
-
-impl Default for LogFormat {
-    fn default() -> Self {
-        LogFormat::Text
     }
 }
 

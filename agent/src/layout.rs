@@ -1,7 +1,7 @@
 //! What a mail store's format means for mirroring: which names are never mirrored, and how paths fall into groups.
 //!
 //! Invariants:
-//! - The rules are data ([`Rules`]); everything here is a pure function of a relative byte path and whether it is a directory.
+//! - The rules are data; everything here is a pure function of a relative byte path and whether it is a directory.
 //! - In doubt a path is mirrored: a scratch file copied in vain costs a few bytes, mail left behind is lost. So only files are
 //!   ever taken for scratch, never directories (a folder may be called `padlock.lock`), and names in a Maildir's `cur/` and
 //!   `new/` are messages, whatever they look like.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use super::{FILE_BYTES_MAX, TABLES_MAX};
 use crate::duration::BadDuration;
+use crate::exit::ExitCode;
 use crate::glob::GlobError;
 use crate::layout::UnknownLayout;
 use crate::names::BadName;
@@ -77,6 +78,21 @@ pub enum ConfigError {
         /// The `[[peer]]` block to write.
         block: String,
     },
+}
+
+impl ConfigError {
+    /// How a command that ends with this error exits.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            ConfigError::Unreadable { source, .. } | ConfigError::Unwritable { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied => ExitCode::Permission,
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ExitCode::Io,
+                _ => ExitCode::Config,
+            },
+            _ => ExitCode::Config,
+        }
+    }
 }
 
 /// One thing that is wrong.

@@ -201,7 +201,7 @@ impl<'t, 'i, 'p> Reader<'t, 'i, 'p> {
                 other => self.wrong_type(key, "a list of tables", other, item.span()),
             }
         }
-        if let Some(extra) = items.iter().nth(max) {
+        if let Some(extra) = items.get(max) {
             self.report(extra.span(), ProblemKind::TooMany { table: name });
         }
         tables
