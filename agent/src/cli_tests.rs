@@ -32,8 +32,10 @@ fn every_command_has_an_example_and_its_exit_codes() {
         seen += 1;
         let help = command.render_long_help().to_string();
         let name = command.get_name().to_owned();
-        assert!(help.contains("Examples:"), "{name}:\n{help}");
-        assert!(help.contains(&format!("twinbox {name}")), "{name}:\n{help}");
+        assert!(
+            help.contains("Examples:\n  ") && help.contains(&format!("twinbox {name}")),
+            "{name}:\n{help}"
+        );
         assert!(help.contains("  0  done"), "{name}:\n{help}");
     }
     assert_eq!(seen, 8);

@@ -30,7 +30,7 @@ Examples:
 
 pub(super) fn demo() -> String {
     sections(
-        "\
+        "
   twinbox demo
   twinbox demo --seconds 5 --keep",
         &[
@@ -46,7 +46,7 @@ pub(super) fn demo() -> String {
 
 pub(super) fn mirror() -> String {
     sections(
-        "\
+        "
   twinbox mirror /srv/mail /backup/mail
   twinbox mirror --once ~/Maildir /mnt/usb/Maildir && echo in sync
   twinbox mirror --layout mdbox --exclude '*.bak' /srv/mail /backup/mail
@@ -71,7 +71,7 @@ Ctrl-C drains what is under way and prints a summary; started again, it goes on 
 
 pub(super) fn init() -> String {
     sections(
-        "\
+        "
   mail1# twinbox init --node mail1 --role primary --mirror mail=/srv/mail
   mail2# twinbox init --node mail2 --role standby --mirror mail=/srv/mail --layout mdbox
 
@@ -90,7 +90,7 @@ Next: `twinbox pair` on one node.",
 
 pub(super) fn pair() -> String {
     sections(
-        "\
+        "
   mail1# twinbox pair                  prints twinbox-pair:… and waits
   mail2# twinbox pair twinbox-pair:…   both now know each other's key and address
 
@@ -110,7 +110,7 @@ If this node is behind NAT or has several addresses, name the ones to use with -
 
 pub(super) fn run() -> String {
     sections(
-        "\
+        "
   twinbox run --config /etc/twinbox/twinbox.toml
   systemctl enable --now twinbox       (packaging/twinbox.service)
 
@@ -131,7 +131,7 @@ SIGTERM and Ctrl-C drain and stop; SIGHUP reads the configuration again. Tells s
 
 pub(super) fn reload() -> String {
     sections(
-        "\
+        "
   twinbox reload
 
 A wrong configuration is refused and the old one stays in force. What needs a restart is named.",
@@ -141,7 +141,7 @@ A wrong configuration is refused and the old one stays in force. What needs a re
 
 pub(super) fn status() -> String {
     sections(
-        "\
+        "
   twinbox status
   twinbox status --watch
   twinbox status --json | jq '.mirrors[] | {name, state, bound_ms}'
@@ -154,7 +154,7 @@ PROTECTED: a standby follows. UNPROTECTED: what changes now exists once. Lines w
 
 pub(super) fn compare() -> String {
     sections(
-        "\
+        "
   twinbox compare /srv/mail /backup/mail
   twinbox compare --layout maildir --json /srv/mail /backup/mail | head
 
@@ -171,5 +171,5 @@ Reads both trees in full. Meant for trees at rest: what changes meanwhile is rep
 }
 
 fn sections(examples: &str, codes: &[Exit]) -> String {
-    format!("Examples:\n{examples}\n\n{}", Exit::lines(codes))
+    format!("Examples:{examples}\n\n{}", Exit::lines(codes))
 }
