@@ -1,5 +1,16 @@
 //! The Twinbox agent: watches the live store, ships its changes, applies them on the standby.
 
+pub mod admin;
+pub mod atomic;
+pub mod cli;
+pub mod config;
+pub mod duration;
+pub mod exit;
+pub mod glob;
+pub mod layout;
+pub mod names;
+pub mod nearest;
 pub mod net;
+pub mod status;
 pub mod sys;
 pub mod tree;

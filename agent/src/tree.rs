@@ -103,10 +103,12 @@ impl Root {
     /// # Errors
     /// The system's.
     pub fn dir_for_reading(&self, path: &RelPath) -> Result<OwnedFd, Errno> {
-        self.open_at(path.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME).or_else(|error| match error {
-            Errno::PERM => self.open_at(path.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK),
-            other => Err(other),
-        })
+        self.open_at(path.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME).or_else(
+            |error| match error {
+                Errno::PERM => self.open_at(path.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK),
+                other => Err(other),
+            },
+        )
     }
 
     /// Opens a regular file for reading, without touching its access time where we may.
@@ -256,11 +258,9 @@ pub fn entry(stat: &Stat, xattrs: Vec<(ByteBuf, ByteBuf)>, hash: Option<ContentH
         FileType::Directory => Kind::Dir,
         FileType::Symlink => Kind::Symlink { target: ByteBuf::from(target.unwrap_or_default()) },
         FileType::Fifo => Kind::Fifo,
-        kind @ (FileType::CharacterDevice | FileType::BlockDevice) => Kind::Device {
-            block: kind == FileType::BlockDevice,
-            major: rfs::major(stat.st_rdev),
-            minor: rfs::minor(stat.st_rdev),
-        },
+        kind @ (FileType::CharacterDevice | FileType::BlockDevice) => {
+            Kind::Device { block: kind == FileType::BlockDevice, major: rfs::major(stat.st_rdev), minor: rfs::minor(stat.st_rdev) }
+        }
         _ => return None,
     };
     Some(Entry { kind, mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid, mtime: mtime(stat), xattrs })

@@ -34,9 +34,7 @@ const CODE_MAX: usize = 2048;
 pub fn valid_node_name(name: &str) -> bool {
     (1..=NODE_NAME_MAX).contains(&name.len())
         && !name.starts_with('.')
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
 }
 
 /// An address another node could dial.
@@ -86,9 +84,7 @@ pub enum OfferError {
         node: String,
     },
     /// None, or too many.
-    #[error(
-        "a pairing code needs 1 to 16 addresses of this node, {count} given: name one that the other node can reach"
-    )]
+    #[error("a pairing code needs 1 to 16 addresses of this node, {count} given: name one that the other node can reach")]
     AddrCount {
         /// How many were given.
         count: usize,
@@ -100,9 +96,7 @@ pub enum OfferError {
         addr: SocketAddr,
     },
     /// It would be expired before anyone could use it.
-    #[error(
-        "the pairing code would be expired already: check the clock and the validity asked for"
-    )]
+    #[error("the pairing code would be expired already: check the clock and the validity asked for")]
     Expired,
     /// The system gave no random bytes.
     #[error("no random bytes to be had")]
@@ -125,9 +119,7 @@ pub enum OfferError {
 #[non_exhaustive]
 pub enum CodeError {
     /// Not a code at all, or of a future version.
-    #[error(
-        "this is not a pairing code this version understands: copy the whole word, starting with `twinbox-pair:`"
-    )]
+    #[error("this is not a pairing code this version understands: copy the whole word, starting with `twinbox-pair:`")]
     Malformed,
     /// A code, with an error in it.
     #[error("the pairing code has a typing error or is cut short: copy it again")]
@@ -136,12 +128,7 @@ pub enum CodeError {
 
 impl Offer {
     /// An invitation by `node`, reachable at `addrs` and identified by `fingerprint`, valid until `expires`.
-    pub fn new(
-        node: &str,
-        addrs: Vec<SocketAddr>,
-        fingerprint: Fingerprint,
-        expires: UnixSecs,
-    ) -> Result<Self, OfferError> {
+    pub fn new(node: &str, addrs: Vec<SocketAddr>, fingerprint: Fingerprint, expires: UnixSecs) -> Result<Self, OfferError> {
         if !valid_node_name(node) {
             let node = node.to_owned();
             return Err(OfferError::Name { node });
@@ -155,17 +142,8 @@ impl Offer {
         }
         let provider = rustls::crypto::ring::default_provider();
         let mut secret = [0; 16];
-        provider
-            .secure_random
-            .fill(&mut secret)
-            .map_err(|_| OfferError::Random)?;
-        Ok(Self {
-            node: node.to_owned(),
-            addrs,
-            fingerprint,
-            secret: Secret(secret),
-            expires,
-        })
+        provider.secure_random.fill(&mut secret).map_err(|_| OfferError::Random)?;
+        Ok(Self { node: node.to_owned(), addrs, fingerprint, secret: Secret(secret), expires })
     }
 
     /// The word to carry to the other node. It is a secret.
@@ -226,17 +204,12 @@ impl FromStr for Offer {
         let prefix = CODE_PREFIX.to_ascii_uppercase();
         let text = word.strip_prefix(&prefix).ok_or(CodeError::Malformed)?;
         // A slip of the finger can leave the alphabet or the length as well as the checksum wrong.
-        let bytes = BASE32_NOPAD
-            .decode(text.as_bytes())
-            .map_err(|_| CodeError::Checksum)?;
-        let (payload, sum) = bytes
-            .split_last_chunk::<CHECKSUM>()
-            .ok_or(CodeError::Checksum)?;
+        let bytes = BASE32_NOPAD.decode(text.as_bytes()).map_err(|_| CodeError::Checksum)?;
+        let (payload, sum) = bytes.split_last_chunk::<CHECKSUM>().ok_or(CodeError::Checksum)?;
         if checksum(payload) != *sum {
             return Err(CodeError::Checksum);
         }
-        let (payload, rest) =
-            postcard::take_from_bytes::<Payload>(payload).map_err(|_| CodeError::Malformed)?;
+        let (payload, rest) = postcard::take_from_bytes::<Payload>(payload).map_err(|_| CodeError::Malformed)?;
         let sound = rest.is_empty()
             && payload.version == VERSION
             && valid_node_name(&payload.node)
@@ -272,11 +245,7 @@ mod tests {
         let code = offer.code();
         assert!(!code.contains(char::is_whitespace));
         let (start, end) = code.split_at(40);
-        for text in [
-            code.clone(),
-            code.to_uppercase(),
-            format!(" {start}\r\n  {end}\n"),
-        ] {
+        for text in [code.clone(), code.to_uppercase(), format!(" {start}\r\n  {end}\n")] {
             let read: Offer = text.parse().unwrap();
             assert_eq!(read.code(), code);
             assert_eq!((read.node(), read.expires()), ("mail-east", 1_000));
@@ -298,19 +267,10 @@ mod tests {
             short.remove(at);
             assert!(short.parse::<Offer>().is_err());
         }
-        for text in [
-            "",
-            "twinbox-pair",
-            "hello",
-            &code[1..],
-            &"a".repeat(CODE_MAX + 1),
-        ] {
+        for text in ["", "twinbox-pair", "hello", &code[1..], &"a".repeat(CODE_MAX + 1)] {
             assert_eq!(text.parse::<Offer>().unwrap_err(), CodeError::Malformed);
         }
-        assert_eq!(
-            CODE_PREFIX.parse::<Offer>().unwrap_err(),
-            CodeError::Checksum
-        );
+        assert_eq!(CODE_PREFIX.parse::<Offer>().unwrap_err(), CodeError::Checksum);
     }
 
     #[test]

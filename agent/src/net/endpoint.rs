@@ -67,10 +67,7 @@ pub fn close(connection: &quinn::Connection, code: CloseCode, reason: &str) {
 
 /// The key at the other end; `None` only before the handshake is over.
 pub fn peer_fingerprint(connection: &quinn::Connection) -> Option<Fingerprint> {
-    let chain = connection
-        .peer_identity()?
-        .downcast::<Vec<CertificateDer<'static>>>()
-        .ok()?;
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     Fingerprint::of_certificate(chain.first()?).ok()
 }
 
@@ -90,17 +87,13 @@ pub struct Incoming {
 #[non_exhaustive]
 pub enum BindError {
     /// Another process has the port.
-    #[error(
-        "UDP {addr} is in use: stop the process that has it (`ss -ulpn` shows it) or configure another listen address"
-    )]
+    #[error("UDP {addr} is in use: stop the process that has it (`ss -ulpn` shows it) or configure another listen address")]
     InUse {
         /// The listen address.
         addr: SocketAddr,
     },
     /// This machine does not have the address.
-    #[error(
-        "{addr} is not an address of this machine: correct the listen address, or use a wildcard such as [::]"
-    )]
+    #[error("{addr} is not an address of this machine: correct the listen address, or use a wildcard such as [::]")]
     NotLocal {
         /// The listen address.
         addr: SocketAddr,
@@ -185,10 +178,7 @@ pub enum DialError {
 impl DialError {
     /// Whether time alone may cure it; otherwise a person has to act.
     pub fn is_transient(&self) -> bool {
-        matches!(
-            self,
-            Self::Unreachable { .. } | Self::Busy { .. } | Self::Other { .. }
-        )
+        matches!(self, Self::Unreachable { .. } | Self::Busy { .. } | Self::Other { .. })
     }
 }
 
@@ -211,12 +201,7 @@ impl Drop for OpenSocket {
 
 impl Endpoint {
     /// Listens at `addr`, or without one only dials. Must be called inside a tokio runtime.
-    pub fn bind(
-        addr: Option<SocketAddr>,
-        key: NodeKey,
-        pinned: PinnedPeers,
-        tuning: Tuning,
-    ) -> Result<Self, BindError> {
+    pub fn bind(addr: Option<SocketAddr>, key: NodeKey, pinned: PinnedPeers, tuning: Tuning) -> Result<Self, BindError> {
         let socket = udp_socket(addr).map_err(|e| match (e.kind(), addr) {
             (io::ErrorKind::AddrInUse, Some(addr)) => BindError::InUse { addr },
             (io::ErrorKind::AddrNotAvailable, Some(addr)) => BindError::NotLocal { addr },
@@ -251,11 +236,7 @@ impl Endpoint {
     }
 
     /// Connects to the node that has the key `expected`. Cancel safe: dropped, it leaves no connection behind.
-    pub async fn dial(
-        &self,
-        addr: SocketAddr,
-        expected: Fingerprint,
-    ) -> Result<quinn::Connection, DialError> {
+    pub async fn dial(&self, addr: SocketAddr, expected: Fingerprint) -> Result<quinn::Connection, DialError> {
         let dial = async {
             let (connection, shown) = self.connect(addr, expected, Protocol::Link).await?;
             match inbound::welcomed(&connection).await {
@@ -317,20 +298,11 @@ impl Endpoint {
 }
 
 /// What a failed connection means.
-fn failure(
-    addr: SocketAddr,
-    expected: Fingerprint,
-    shown: &Shown,
-    source: ConnectionError,
-) -> DialError {
+fn failure(addr: SocketAddr, expected: Fingerprint, shown: &Shown, source: ConnectionError) -> DialError {
     if let Some(&got) = shown.get()
         && got != expected
     {
-        return DialError::WrongKey {
-            addr,
-            expected,
-            got,
-        };
+        return DialError::WrongKey { addr, expected, got };
     }
     let code = match &source {
         ConnectionError::TimedOut | ConnectionError::Reset => {

@@ -73,27 +73,18 @@ impl From<WriteError> for FrameError {
 pub fn encode_frame<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, FrameError> {
     let mut frame = postcard::to_extend(value, vec![0; HEADER]).map_err(FrameError::Decode)?;
     let len = frame.len() - HEADER;
-    let header = u32::try_from(len).map_err(|_| FrameError::TooLarge {
-        len,
-        max: u32::MAX as usize,
-    })?;
+    let header = u32::try_from(len).map_err(|_| FrameError::TooLarge { len, max: u32::MAX as usize })?;
     frame[..HEADER].copy_from_slice(&header.to_le_bytes());
     Ok(frame)
 }
 
 /// Writes one value. Not cancel safe: dropped halfway, part of a frame has gone out and the stream is useless.
-pub async fn write_frame<T: Serialize + ?Sized>(
-    send: &mut SendStream,
-    value: &T,
-) -> Result<(), FrameError> {
+pub async fn write_frame<T: Serialize + ?Sized>(send: &mut SendStream, value: &T) -> Result<(), FrameError> {
     Ok(send.write_all(&encode_frame(value)?).await?)
 }
 
 /// Reads one value of at most `max` encoded bytes, and not a byte more: raw bytes may follow. Not cancel safe.
-pub async fn read_frame<T: DeserializeOwned>(
-    recv: &mut RecvStream,
-    max: usize,
-) -> Result<T, FrameError> {
+pub async fn read_frame<T: DeserializeOwned>(recv: &mut RecvStream, max: usize) -> Result<T, FrameError> {
     let mut buf = Vec::new();
     fill(recv, &mut buf, HEADER).await?;
     let due = frame_len(&buf, max)?;
@@ -147,13 +138,7 @@ const READ_AHEAD: usize = 64 * 1024;
 impl<T: DeserializeOwned> FrameReader<T> {
     /// Frames of at most `max` encoded bytes each.
     pub fn new(recv: RecvStream, max: usize) -> Self {
-        Self {
-            recv,
-            buf: Vec::new(),
-            taken: 0,
-            max,
-            frames_of: PhantomData,
-        }
+        Self { recv, buf: Vec::new(), taken: 0, max, frames_of: PhantomData }
     }
 
     /// The next value; `None` once the peer has finished the stream after a whole frame. Cancel safe.

@@ -88,13 +88,9 @@ impl FromStr for Fingerprint {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let upper = text.trim().to_ascii_uppercase();
-        let bytes = BASE32_NOPAD
-            .decode(upper.as_bytes())
-            .map_err(FingerprintError::Base32)?;
+        let bytes = BASE32_NOPAD.decode(upper.as_bytes()).map_err(FingerprintError::Base32)?;
         let len = bytes.len();
-        let bytes = bytes
-            .try_into()
-            .map_err(|_| FingerprintError::Length { len })?;
+        let bytes = bytes.try_into().map_err(|_| FingerprintError::Length { len })?;
         Ok(Self(bytes))
     }
 }
@@ -107,9 +103,7 @@ impl Serialize for Fingerprint {
 
 impl<'de> Deserialize<'de> for Fingerprint {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(de::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -134,9 +128,7 @@ pub enum IdentityError {
         mode: u32,
     },
     /// The file is not a key.
-    #[error(
-        "node key {path} is damaged: restore it from a backup, or move it away, create a new key with `twinbox init` and pair again"
-    )]
+    #[error("node key {path} is damaged: restore it from a backup, or move it away, create a new key with `twinbox init` and pair again")]
     Damaged {
         /// The key file.
         path: PathBuf,
@@ -211,20 +203,14 @@ impl NodeKey {
     }
 
     fn from_pair(pair: &KeyPair) -> Result<Self, IdentityError> {
-        let mut params =
-            CertificateParams::new(vec![CERT_NAME.to_owned()]).map_err(IdentityError::Generate)?;
-        params
-            .distinguished_name
-            .push(DnType::CommonName, CERT_NAME);
+        let mut params = CertificateParams::new(vec![CERT_NAME.to_owned()]).map_err(IdentityError::Generate)?;
+        params.distinguished_name.push(DnType::CommonName, CERT_NAME);
         let cert = CertificateDer::from(params.self_signed(pair).map_err(IdentityError::Generate)?);
         let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pair.serialize_der()));
         let signer = rustls::crypto::ring::sign::any_supported_type(&der)?;
         // Taken from the certificate, by the very function that will judge it at the other end.
         let fingerprint = Fingerprint::of_certificate(&cert)?;
-        Ok(Self {
-            certified: Arc::new(CertifiedKey::new(vec![cert], signer)),
-            fingerprint,
-        })
+        Ok(Self { certified: Arc::new(CertifiedKey::new(vec![cert], signer)), fingerprint })
     }
 }
 
@@ -236,19 +222,12 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> IdentityErr
     let path = path.to_owned();
     match source.kind() {
         io::ErrorKind::NotFound if action == "read" => IdentityError::Missing { path },
-        _ => IdentityError::Io {
-            action,
-            path,
-            source,
-        },
+        _ => IdentityError::Io { action, path, source },
     }
 }
 
 fn read_pair(path: &Path) -> Result<KeyPair, IdentityError> {
-    let damaged = |source| IdentityError::Damaged {
-        path: path.to_owned(),
-        source,
-    };
+    let damaged = |source| IdentityError::Damaged { path: path.to_owned(), source };
     let file = File::open(path).map_err(|e| io_error("read", path, e))?;
     // Asked of the open file, not of the path: what is checked is what is read.
     let meta = file.metadata().map_err(|e| io_error("read", path, e))?;
@@ -257,15 +236,10 @@ fn read_pair(path: &Path) -> Result<KeyPair, IdentityError> {
         return Err(damaged(None));
     }
     if mode & 0o077 != 0 {
-        return Err(IdentityError::Exposed {
-            path: path.to_owned(),
-            mode,
-        });
+        return Err(IdentityError::Exposed { path: path.to_owned(), mode });
     }
     let mut bytes = Vec::new();
-    file.take(KEY_FILE_MAX)
-        .read_to_end(&mut bytes)
-        .map_err(|e| io_error("read", path, e))?;
+    file.take(KEY_FILE_MAX).read_to_end(&mut bytes).map_err(|e| io_error("read", path, e))?;
     let pem = std::str::from_utf8(&bytes).map_err(|_| damaged(None))?;
     KeyPair::from_pkcs8_pem_and_sign_algo(pem, &PKCS_ED25519).map_err(|e| damaged(Some(e)))
 }
@@ -277,9 +251,7 @@ fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
     };
-    let mut temp = tempfile::Builder::new()
-        .prefix(".node.key.")
-        .tempfile_in(dir)?;
+    let mut temp = tempfile::Builder::new().prefix(".node.key.").tempfile_in(dir)?;
     temp.write_all(bytes)?;
     temp.as_file().sync_all()?;
     temp.persist_noclobber(path).map_err(|e| e.error)?;
@@ -338,13 +310,7 @@ mod tests {
         let mut flipped = good.clone();
         flipped[60] ^= 0x40;
         let huge = vec![b'A'; KEY_FILE_MAX as usize + 1];
-        for bad in [
-            &b""[..],
-            &good[..good.len() / 2],
-            &flipped,
-            b"\xff\xfe",
-            &huge,
-        ] {
+        for bad in [&b""[..], &good[..good.len() / 2], &flipped, b"\xff\xfe", &huge] {
             fs::write(&path, bad).unwrap();
             let error = NodeKey::load_or_create(&path).unwrap_err();
             assert!(matches!(error, IdentityError::Damaged { .. }), "{error:?}");

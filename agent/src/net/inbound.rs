@@ -58,13 +58,7 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(
-        socket: UdpSocket,
-        listening: bool,
-        key: NodeKey,
-        pinned: PinnedPeers,
-        tuning: Tuning,
-    ) -> Result<Self, BindError> {
+    pub(super) fn new(socket: UdpSocket, listening: bool, key: NodeKey, pinned: PinnedPeers, tuning: Tuning) -> Result<Self, BindError> {
         let outgoing = tuning.outgoing()?;
         let tls = Tls::new(key, pinned);
         let mut base = ServerConfig::with_crypto(Arc::new(tls.server(false)?));
@@ -72,13 +66,8 @@ impl Core {
             .max_incoming(ATTEMPTS_MAX)
             .incoming_buffer_size(ATTEMPT_BUFFER)
             .incoming_buffer_size_total(ATTEMPT_BUFFER * ATTEMPTS_MAX as u64);
-        let quic = quinn::Endpoint::new(
-            EndpointConfig::default(),
-            listening.then(|| base.clone()),
-            socket,
-            Arc::new(TokioRuntime),
-        )
-        .map_err(BindError::Io)?;
+        let quic = quinn::Endpoint::new(EndpointConfig::default(), listening.then(|| base.clone()), socket, Arc::new(TokioRuntime))
+            .map_err(BindError::Io)?;
         let inbox = Inbox::default();
         if !listening {
             inbox.close();
@@ -134,10 +123,7 @@ async fn meet(core: Arc<Core>, attempt: quinn::Incoming, _place: Place) {
     let peer = attempt.remote_address();
     let handshake = async {
         let mut config = core.base.clone();
-        let tls = core
-            .tls
-            .server(core.desk.is_open())
-            .map_err(io::Error::other)?;
+        let tls = core.tls.server(core.desk.is_open()).map_err(io::Error::other)?;
         config.crypto = Arc::new(tls);
         let connecting = attempt.accept_with(Arc::new(config))?;
         Ok::<_, io::Error>(connecting.await?)
@@ -170,29 +156,16 @@ async fn route(core: &Core, connection: quinn::Connection) {
     }
 }
 
-async fn admit(
-    core: &Core,
-    connection: quinn::Connection,
-    fingerprint: super::Fingerprint,
-    node: String,
-) {
+async fn admit(core: &Core, connection: quinn::Connection, fingerprint: super::Fingerprint, node: String) {
     core.tuning.widen(&connection);
     match timeout(HANDSHAKE_LIMIT, welcome(&connection)).await {
         Ok(Ok(())) => {}
         _ => return close(&connection, CloseCode::Protocol, "welcome not taken"),
     }
     tracing::debug!(peer = %fingerprint.short(), %node, "connection accepted");
-    let incoming = Incoming {
-        connection,
-        fingerprint,
-        node,
-    };
+    let incoming = Incoming { connection, fingerprint, node };
     if let Err(full) = core.inbox.push(incoming) {
-        close(
-            &full.connection,
-            CloseCode::Busy,
-            "too many connections wait",
-        );
+        close(&full.connection, CloseCode::Busy, "too many connections wait");
     }
 }
 
@@ -234,10 +207,7 @@ impl Admission {
             return None;
         }
         sources.insert(source, own + 1);
-        Some(Place {
-            admission: self.clone(),
-            source,
-        })
+        Some(Place { admission: self.clone(), source })
     }
 
     fn crowded(&self) -> bool {
@@ -329,9 +299,7 @@ mod tests {
     fn one_source_uses_up_its_own_share_only() {
         let admission = Admission::default();
         let at = |text: &str| text.parse::<IpAddr>().unwrap();
-        let mut hostile: Vec<_> = (0..SOURCE_MAX)
-            .map(|n| admission.enter(at(&format!("2001:db8::{n:x}"))).unwrap())
-            .collect();
+        let mut hostile: Vec<_> = (0..SOURCE_MAX).map(|n| admission.enter(at(&format!("2001:db8::{n:x}"))).unwrap()).collect();
         assert!(admission.enter(at("2001:db8::ffff")).is_none());
         assert!(admission.crowded());
         let good = admission.enter(at("192.0.2.1")).unwrap();

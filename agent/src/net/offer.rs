@@ -31,9 +31,7 @@ pub enum OfferEnded {
     #[error("nobody used the pairing code before it expired: make a new one")]
     Expired,
     /// Somebody who does not have the code tried.
-    #[error(
-        "three wrong pairing attempts: the offer is closed; find out who tried, then make a new code"
-    )]
+    #[error("three wrong pairing attempts: the offer is closed; find out who tried, then make a new code")]
     TooManyWrong,
     /// A newer offer took its place.
     #[error("a newer pairing offer replaced this one")]
@@ -86,40 +84,26 @@ impl Drop for OpenOffer {
 }
 
 impl OfferDesk {
-    pub(super) fn open(
-        self: &Arc<Self>,
-        offer: Offer,
-        now: UnixSecs,
-    ) -> Result<OpenOffer, OfferError> {
+    pub(super) fn open(self: &Arc<Self>, offer: Offer, now: UnixSecs) -> Result<OpenOffer, OfferError> {
         let left = Duration::from_secs(offer.expires.saturating_sub(now)).min(OFFER_MAX);
         if left.is_zero() {
             return Err(OfferError::Expired);
         }
         let deadline = Instant::now() + left;
         let (tell, done) = oneshot::channel();
-        let state = OpenState {
-            offer,
-            deadline,
-            wrong: 0,
-            done: tell,
-        };
+        let state = OpenState { offer, deadline, wrong: 0, done: tell };
         let old = self.lock().replace(state);
         if let Some(old) = old {
             let _ = old.done.send(Err(OfferEnded::Replaced));
         }
         let desk = self.clone();
-        Ok(OpenOffer {
-            desk,
-            deadline,
-            done,
-        })
+        Ok(OpenOffer { desk, deadline, done })
     }
 
     /// Whether the pairing protocol is offered at all.
     pub(super) fn is_open(&self) -> bool {
         let desk = self.lock();
-        desk.as_ref()
-            .is_some_and(|open| !open.done.is_closed() && Instant::now() < open.deadline)
+        desk.as_ref().is_some_and(|open| !open.done.is_closed() && Instant::now() < open.deadline)
     }
 
     pub(super) fn close(&self) {
@@ -141,14 +125,7 @@ impl OfferDesk {
     }
 
     /// The whole decision about a claim by the key `guest` on a session with this `exporter`.
-    pub(super) fn judge(
-        &self,
-        claim: Claim,
-        guest: Fingerprint,
-        exporter: [u8; 32],
-        pinned: &PinnedPeers,
-        now: Instant,
-    ) -> Answer {
+    pub(super) fn judge(&self, claim: Claim, guest: Fingerprint, exporter: [u8; 32], pinned: &PinnedPeers, now: Instant) -> Answer {
         let sound = claim.version == VERSION
             && valid_node_name(&claim.node)
             && claim.addrs.len() <= ADDRS_MAX
@@ -192,11 +169,7 @@ impl OfferDesk {
             *desk = Some(open);
             return Answer::NameTaken;
         }
-        let peer = PairedPeer {
-            node: claim.node,
-            fingerprint: guest,
-            addrs: claim.addrs,
-        };
+        let peer = PairedPeer { node: claim.node, fingerprint: guest, addrs: claim.addrs };
         if open.done.send(Ok(peer)).is_err() {
             // The operator gave up in this very moment: nobody would persist the pin.
             pinned.unpin(&guest);
@@ -230,13 +203,7 @@ mod tests {
             let offer = Offer::new("host", vec![addr], host, 600).unwrap();
             let desk = Arc::new(OfferDesk::default());
             let open = desk.open(offer.clone(), 0).unwrap();
-            Self {
-                desk,
-                offer,
-                open,
-                guest: Fingerprint::from_bytes([2; 32]),
-                pinned: PinnedPeers::new(),
-            }
+            Self { desk, offer, open, guest: Fingerprint::from_bytes([2; 32]), pinned: PinnedPeers::new() }
         }
 
         fn claim(&self, role: Role) -> Claim {
@@ -248,12 +215,7 @@ mod tests {
                 guest_addrs: &addrs,
             };
             let proof = binding.proof(&self.offer.secret, role).unwrap();
-            Claim {
-                version: VERSION,
-                node: "guest".to_owned(),
-                addrs,
-                proof,
-            }
+            Claim { version: VERSION, node: "guest".to_owned(), addrs, proof }
         }
 
         fn judge(&self, claim: Claim, guest: Fingerprint, exporter: [u8; 32]) -> Answer {
@@ -302,9 +264,7 @@ mod tests {
         let mut scene = Scene::new();
         let late = Instant::now() + Duration::from_secs(601);
         let claim = scene.claim(Role::Guest);
-        let answer = scene
-            .desk
-            .judge(claim, scene.guest, EXPORTER, &scene.pinned, late);
+        let answer = scene.desk.judge(claim, scene.guest, EXPORTER, &scene.pinned, late);
         assert_eq!(answer, Answer::Expired);
         assert_eq!(scene.open.paired().await, Err(OfferEnded::Expired));
         assert!(!scene.desk.is_open());

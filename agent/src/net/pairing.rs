@@ -20,9 +20,7 @@ use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 use tokio::time::{Instant, timeout};
 
-use super::code::{
-    ADDRS_MAX, CodeError, Offer, OfferError, Secret, UnixSecs, valid_addr, valid_node_name,
-};
+use super::code::{ADDRS_MAX, CodeError, Offer, OfferError, Secret, UnixSecs, valid_addr, valid_node_name};
 use super::endpoint::{CloseCode, DialError, Endpoint, HANDSHAKE_LIMIT, close};
 use super::framed::{FrameError, read_frame, write_frame};
 use super::identity::Fingerprint;
@@ -57,22 +55,16 @@ pub enum PairError {
     #[error(transparent)]
     Code(#[from] CodeError),
     /// Too late.
-    #[error(
-        "the pairing code has expired: make a new one with `twinbox pair` on the other node (and compare the clocks if it is fresh)"
-    )]
+    #[error("the pairing code has expired: make a new one with `twinbox pair` on the other node (and compare the clocks if it is fresh)")]
     Expired,
     /// Used, replaced, or closed after wrong tries.
-    #[error(
-        "{addr} has no pairing offer open: the code was used already or replaced, so make a new one there with `twinbox pair`"
-    )]
+    #[error("{addr} has no pairing offer open: the code was used already or replaced, so make a new one there with `twinbox pair`")]
     NoOffer {
         /// Where.
         addr: SocketAddr,
     },
     /// The code is not the one of the open offer.
-    #[error(
-        "{addr} refused the code: it belongs to an earlier offer; use the newest one, after three wrong tries a new one is needed"
-    )]
+    #[error("{addr} refused the code: it belongs to an earlier offer; use the newest one, after three wrong tries a new one is needed")]
     WrongSecret {
         /// Where.
         addr: SocketAddr,
@@ -87,9 +79,7 @@ pub enum PairError {
     #[error(transparent)]
     NameTaken(#[from] NameTaken),
     /// The host already knows another node by our name.
-    #[error(
-        "the other node already knows another node named {node}: rename this node, or unpair the other one there"
-    )]
+    #[error("the other node already knows another node named {node}: rename this node, or unpair the other one there")]
     OwnNameTaken {
         /// Our name.
         node: String,
@@ -172,16 +162,13 @@ impl Binding<'_> {
     }
 
     pub(super) fn proven(&self, secret: &Secret, role: Role, shown: &[u8; 32]) -> bool {
-        self.proof(secret, role)
-            .is_ok_and(|due| due.ct_eq(shown).into())
+        self.proof(secret, role).is_ok_and(|due| due.ct_eq(shown).into())
     }
 }
 
 fn exporter(connection: &quinn::Connection) -> Result<[u8; 32], FrameError> {
     let mut bytes = [0; 32];
-    connection
-        .export_keying_material(&mut bytes, EXPORTER_LABEL, b"")
-        .map_err(|_| FrameError::Closed)?;
+    connection.export_keying_material(&mut bytes, EXPORTER_LABEL, b"").map_err(|_| FrameError::Closed)?;
     Ok(bytes)
 }
 
@@ -200,17 +187,11 @@ pub(super) async fn serve(core: &Core, connection: &quinn::Connection, guest: Fi
     }
 }
 
-async fn host_talk(
-    core: &Core,
-    connection: &quinn::Connection,
-    guest: Fingerprint,
-) -> Result<bool, FrameError> {
+async fn host_talk(core: &Core, connection: &quinn::Connection, guest: Fingerprint) -> Result<bool, FrameError> {
     let (mut send, mut recv) = connection.accept_bi().await?;
     let claim: Claim = read_frame(&mut recv, FRAME_MAX).await?;
     let exporter = exporter(connection)?;
-    let answer = core
-        .desk
-        .judge(claim, guest, exporter, core.tls.pinned(), Instant::now());
+    let answer = core.desk.judge(claim, guest, exporter, core.tls.pinned(), Instant::now());
     write_frame(&mut send, &answer).await?;
     let _ = send.finish();
     // Until the guest has it all: closing at once would discard what is still on its way.
@@ -298,9 +279,7 @@ async fn guest_talk(
             version: VERSION,
             node: my_name.to_owned(),
             addrs: my_addrs.to_vec(),
-            proof: binding
-                .proof(&offer.secret, Role::Guest)
-                .map_err(FrameError::Decode)?,
+            proof: binding.proof(&offer.secret, Role::Guest).map_err(FrameError::Decode)?,
         };
         write_frame(&mut send, &claim).await?;
         let _ = send.finish();
@@ -325,9 +304,5 @@ async fn guest_talk(
         Answer::Malformed => return Err(PairError::VersionMismatch { addr }),
     }
     endpoint.pinned().pin(offer.fingerprint, &offer.node)?;
-    Ok(PairedPeer {
-        node: offer.node.clone(),
-        fingerprint: offer.fingerprint,
-        addrs: offer.addrs.clone(),
-    })
+    Ok(PairedPeer { node: offer.node.clone(), fingerprint: offer.fingerprint, addrs: offer.addrs.clone() })
 }

@@ -16,9 +16,7 @@ pub struct PinnedPeers(Arc<RwLock<BTreeMap<Fingerprint, String>>>);
 
 /// The name is already another key's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the name {node} already belongs to the key {holder}: choose another name, or unpair that node first"
-)]
+#[error("the name {node} already belongs to the key {holder}: choose another name, or unpair that node first")]
 pub struct NameTaken {
     /// The contested name.
     pub node: String,
@@ -74,17 +72,12 @@ impl PinnedPeers {
 
     /// All of them, as of now.
     pub fn snapshot(&self) -> BTreeMap<Fingerprint, String> {
-        self.0
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 fn holder(peers: &BTreeMap<Fingerprint, String>, node: &str) -> Option<Fingerprint> {
-    peers
-        .iter()
-        .find_map(|(peer, name)| (name == node).then_some(*peer))
+    peers.iter().find_map(|(peer, name)| (name == node).then_some(*peer))
 }
 
 #[cfg(test)]
@@ -106,9 +99,7 @@ mod tests {
         let clash = BTreeMap::from([(a, "x".to_owned()), (b, "x".to_owned())]);
         assert!(peers.replace(clash).is_err());
         assert_eq!(peers.snapshot().len(), 2);
-        peers
-            .replace(BTreeMap::from([(b, "east".to_owned())]))
-            .unwrap();
+        peers.replace(BTreeMap::from([(b, "east".to_owned())])).unwrap();
         assert_eq!(peers.name_of(&a), None);
         assert_eq!(peers.unpin(&b).as_deref(), Some("east"));
     }

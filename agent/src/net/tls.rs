@@ -23,10 +23,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, PeerMisbehaved,
-    SignatureScheme,
-};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, PeerMisbehaved, SignatureScheme};
 
 use super::identity::{Fingerprint, NodeKey};
 use super::pinned::PinnedPeers;
@@ -53,9 +50,7 @@ impl Protocol {
     pub fn of(connection: &quinn::Connection) -> Option<Self> {
         let data = connection.handshake_data()?.downcast::<HandshakeData>();
         let agreed = data.ok()?.protocol?;
-        [Self::Link, Self::Pair]
-            .into_iter()
-            .find(|protocol| protocol.alpn() == agreed)
+        [Self::Link, Self::Pair].into_iter().find(|protocol| protocol.alpn() == agreed)
     }
 }
 
@@ -73,11 +68,7 @@ pub(super) struct Tls {
 impl Tls {
     pub(super) fn new(key: NodeKey, pinned: PinnedPeers) -> Self {
         let provider = Arc::new(ring::default_provider());
-        Self {
-            provider,
-            key,
-            pinned,
-        }
+        Self { provider, key, pinned }
     }
 
     pub(super) fn key(&self) -> &NodeKey {
@@ -89,17 +80,9 @@ impl Tls {
     }
 
     /// For one outgoing connection that must end at the key `expected`.
-    pub(super) fn client(
-        &self,
-        expected: Fingerprint,
-        protocol: Protocol,
-    ) -> Result<(QuicClientConfig, Shown), Error> {
+    pub(super) fn client(&self, expected: Fingerprint, protocol: Protocol) -> Result<(QuicClientConfig, Shown), Error> {
         let shown = Shown::default();
-        let verifier = ExactServer {
-            expected,
-            shown: shown.clone(),
-            algorithms: self.provider.signature_verification_algorithms,
-        };
+        let verifier = ExactServer { expected, shown: shown.clone(), algorithms: self.provider.signature_verification_algorithms };
         let mut config = rustls::ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
@@ -115,15 +98,9 @@ impl Tls {
     /// For one incoming connection; `pairing` says whether an offer is open.
     pub(super) fn server(&self, pairing: bool) -> Result<QuicServerConfig, Error> {
         let asked = Asked::default();
-        let verifier = KnownClients {
-            asked: asked.clone(),
-            pinned: self.pinned.clone(),
-            algorithms: self.provider.signature_verification_algorithms,
-        };
-        let resolver = OurCert {
-            asked,
-            certified: self.key.certified(),
-        };
+        let verifier =
+            KnownClients { asked: asked.clone(), pinned: self.pinned.clone(), algorithms: self.provider.signature_verification_algorithms };
+        let resolver = OurCert { asked, certified: self.key.certified() };
         let mut config = rustls::ServerConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(Arc::new(verifier))
@@ -155,9 +132,7 @@ struct OurCert {
 impl ResolvesServerCert for OurCert {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let offered: Vec<&[u8]> = hello.alpn()?.collect();
-        let asked = [Protocol::Link, Protocol::Pair]
-            .into_iter()
-            .find(|protocol| offered.contains(&protocol.alpn()));
+        let asked = [Protocol::Link, Protocol::Pair].into_iter().find(|protocol| offered.contains(&protocol.alpn()));
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = asked;
         Some(self.certified.clone())
     }

@@ -110,11 +110,7 @@ impl Tuning {
     }
 
     fn common(&self) -> Result<TransportConfig, TuningError> {
-        let Self {
-            keep_alive,
-            idle_timeout,
-            ..
-        } = *self;
+        let Self { keep_alive, idle_timeout, .. } = *self;
         for (field, zero) in [
             ("stream_window", self.stream_window == 0),
             ("connection_window", self.connection_window == 0),
@@ -126,13 +122,9 @@ impl Tuning {
             }
         }
         if keep_alive.saturating_mul(2) > idle_timeout {
-            return Err(TuningError::KeepAlive {
-                keep_alive,
-                idle_timeout,
-            });
+            return Err(TuningError::KeepAlive { keep_alive, idle_timeout });
         }
-        let idle = IdleTimeout::try_from(idle_timeout)
-            .map_err(|_| TuningError::IdleTimeout { idle_timeout })?;
+        let idle = IdleTimeout::try_from(idle_timeout).map_err(|_| TuningError::IdleTimeout { idle_timeout })?;
         let mut config = TransportConfig::default();
         config
             .stream_receive_window(self.stream_window.into())
@@ -150,8 +142,7 @@ impl Tuning {
 pub(super) fn udp_socket(addr: Option<SocketAddr>) -> io::Result<UdpSocket> {
     match addr {
         Some(addr) => bound(addr),
-        None => bound((IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0).into())
-            .or_else(|_| bound((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0).into())),
+        None => bound((IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0).into()).or_else(|_| bound((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0).into())),
     }
 }
 
@@ -184,22 +175,10 @@ mod tests {
         let (rare, forever) = (Duration::from_secs(4), Duration::MAX);
         let zero = Duration::ZERO;
         for bad in [
-            Tuning {
-                keep_alive: rare,
-                ..good.clone()
-            },
-            Tuning {
-                keep_alive: zero,
-                ..good.clone()
-            },
-            Tuning {
-                idle_timeout: forever,
-                ..good.clone()
-            },
-            Tuning {
-                stream_window: 0,
-                ..good.clone()
-            },
+            Tuning { keep_alive: rare, ..good.clone() },
+            Tuning { keep_alive: zero, ..good.clone() },
+            Tuning { idle_timeout: forever, ..good.clone() },
+            Tuning { stream_window: 0, ..good.clone() },
         ] {
             assert!(bad.outgoing().is_err(), "{bad:?}");
         }

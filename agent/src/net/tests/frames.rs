@@ -27,24 +27,12 @@ async fn hostile_frames_are_errors() {
     trailing.push(0);
     type Expected = fn(&FrameError) -> bool;
     let cases: [(&[u8], Expected); 7] = [
-        (b"\xff\xff\xff\xff", |e| {
-            matches!(e, FrameError::TooLarge { max: 64, .. })
-        }),
-        (b"\x41\0\0\0", |e| {
-            matches!(e, FrameError::TooLarge { len: 65, .. })
-        }),
-        (b"\x05\0\0\0\xff\xff\xff\xff\x0f", |e| {
-            matches!(e, FrameError::Decode(_))
-        }),
-        (b"\x02\0\0\0\x01\xff", |e| {
-            matches!(e, FrameError::Decode(_))
-        }),
-        (&trailing, |e| {
-            matches!(e, FrameError::Trailing { count: 1 })
-        }),
-        (&frame[..frame.len() - 1], |e| {
-            matches!(e, FrameError::Closed)
-        }),
+        (b"\xff\xff\xff\xff", |e| matches!(e, FrameError::TooLarge { max: 64, .. })),
+        (b"\x41\0\0\0", |e| matches!(e, FrameError::TooLarge { len: 65, .. })),
+        (b"\x05\0\0\0\xff\xff\xff\xff\x0f", |e| matches!(e, FrameError::Decode(_))),
+        (b"\x02\0\0\0\x01\xff", |e| matches!(e, FrameError::Decode(_))),
+        (&trailing, |e| matches!(e, FrameError::Trailing { count: 1 })),
+        (&frame[..frame.len() - 1], |e| matches!(e, FrameError::Closed)),
         (b"\x05\0", |e| matches!(e, FrameError::Closed)),
     ];
     for (bytes, expected) in cases {
@@ -68,10 +56,7 @@ async fn hostile_frames_are_errors() {
 async fn a_frame_reader_loses_nothing_when_cancelled() {
     let (_a, _b, out, inn) = connected().await;
     let values: Vec<String> = (0..200).map(|n| "x".repeat(n * 7 % 300)).collect();
-    let bytes: Vec<u8> = values
-        .iter()
-        .flat_map(|v| encode_frame(v).unwrap())
-        .collect();
+    let bytes: Vec<u8> = values.iter().flat_map(|v| encode_frame(v).unwrap()).collect();
     let mut send = out.open_uni().await.unwrap();
     let mut pieces = bytes.chunks(3);
     send.write_all(pieces.next().unwrap()).await.unwrap();

@@ -20,12 +20,8 @@ async fn pairing_pins_both_keys() {
     assert_eq!(peer.fingerprint, guest.fingerprint());
     assert_eq!(peer.addrs, [guest_addr]);
     // Both directions work at once.
-    soon(guest.dial(addr(&host), host.fingerprint()))
-        .await
-        .unwrap();
-    soon(host.dial(guest_addr, guest.fingerprint()))
-        .await
-        .unwrap();
+    soon(guest.dial(addr(&host), host.fingerprint())).await.unwrap();
+    soon(host.dial(guest_addr, guest.fingerprint())).await.unwrap();
 
     // Used up.
     let late = endpoint();
@@ -41,13 +37,7 @@ async fn of_two_guests_with_one_code_one_pairs() {
     let code = offer.code();
     let mut open = host.open_offer(offer, NOW).unwrap();
     let (x, y) = (endpoint(), endpoint());
-    let (x_paired, y_paired) = soon(async {
-        tokio::join!(
-            complete(&x, &code, "x", &[], NOW),
-            complete(&y, &code, "y", &[], NOW)
-        )
-    })
-    .await;
+    let (x_paired, y_paired) = soon(async { tokio::join!(complete(&x, &code, "x", &[], NOW), complete(&y, &code, "y", &[], NOW)) }).await;
     assert_ne!(x_paired.is_ok(), y_paired.is_ok());
     let loser = x_paired.and(y_paired).unwrap_err();
     assert!(matches!(loser, PairError::NoOffer { .. }), "{loser:?}");
@@ -64,10 +54,7 @@ async fn wrong_secret_three_times_closes_the_offer() {
     let mut open = host.open_offer(offer, NOW).unwrap();
     for _ in 0..3 {
         let error = soon(complete(&guest, &old_code, "guest", &[], NOW)).await;
-        assert!(
-            matches!(error, Err(PairError::WrongSecret { .. })),
-            "{error:?}"
-        );
+        assert!(matches!(error, Err(PairError::WrongSecret { .. })), "{error:?}");
     }
     let error = soon(complete(&guest, &code, "guest", &[], NOW)).await;
     assert!(matches!(error, Err(PairError::NoOffer { .. })), "{error:?}");
@@ -80,10 +67,7 @@ async fn expired_codes_are_refused_by_both_sides() {
     let (host, guest) = (endpoint(), endpoint());
     let offer = offer_by(&host);
     let code = offer.code();
-    assert_eq!(
-        host.open_offer(offer.clone(), SOON).unwrap_err(),
-        OfferError::Expired
-    );
+    assert_eq!(host.open_offer(offer.clone(), SOON).unwrap_err(), OfferError::Expired);
     // The guest by its clock.
     let mut open = host.open_offer(offer.clone(), SOON - 1).unwrap();
     let error = soon(complete(&guest, &code, "guest", &[], SOON)).await;
@@ -106,10 +90,7 @@ async fn pairing_needs_an_open_offer() {
     assert!(!refused().await, "open");
     // Any key may pair, but it is still not let in on the ordinary protocol, and gets no other stream.
     let error = soon(guest.dial(addr(&host), host.fingerprint())).await;
-    assert!(
-        matches!(error, Err(DialError::NotPinned { .. })),
-        "{error:?}"
-    );
+    assert!(matches!(error, Err(DialError::NotPinned { .. })), "{error:?}");
     let mut newer = host.open_offer(offer_by(&host), NOW).unwrap();
     let mut open = open;
     assert_eq!(soon(open.paired()).await, Err(OfferEnded::Replaced));
@@ -134,16 +115,10 @@ async fn names_are_not_taken_over() {
     let mut open = host.open_offer(offer, NOW).unwrap();
     for name in ["mail", "host"] {
         let error = soon(complete(&guest, &code, name, &[], NOW)).await;
-        assert!(
-            matches!(error, Err(PairError::OwnNameTaken { .. })),
-            "{error:?}"
-        );
+        assert!(matches!(error, Err(PairError::OwnNameTaken { .. })), "{error:?}");
     }
     let error = soon(complete(&guest, &code, "a/b", &[], NOW)).await;
-    assert!(matches!(
-        error,
-        Err(PairError::Own(OfferError::Name { .. }))
-    ));
+    assert!(matches!(error, Err(PairError::Own(OfferError::Name { .. }))));
     let error = soon(complete(&host, &code, "x", &[], NOW)).await;
     assert!(matches!(error, Err(PairError::SelfPairing)));
     guest.pinned().pin(other, "host").unwrap();
@@ -151,9 +126,7 @@ async fn names_are_not_taken_over() {
     assert!(matches!(error, Err(PairError::NameTaken(_))), "{error:?}");
     guest.pinned().unpin(&other);
     // None of that used the offer up.
-    soon(complete(&guest, &code, "guest", &[], NOW))
-        .await
-        .unwrap();
+    soon(complete(&guest, &code, "guest", &[], NOW)).await.unwrap();
     soon(open.paired()).await.unwrap();
 }
 
@@ -164,7 +137,5 @@ async fn every_address_of_a_code_is_tried() {
     let offer = Offer::new("host", addrs, host.fingerprint(), SOON).unwrap();
     let code = offer.code();
     let _open = host.open_offer(offer, NOW).unwrap();
-    soon(complete(&guest, &code, "guest", &[], NOW))
-        .await
-        .unwrap();
+    soon(complete(&guest, &code, "guest", &[], NOW)).await.unwrap();
 }

@@ -64,11 +64,7 @@ async fn wrong_server_key_is_refused_and_both_keys_named() {
 async fn silence_is_unreachable_and_a_taken_port_says_so() {
     let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
     let taken = silent.local_addr().unwrap();
-    let impatient = Tuning {
-        keep_alive: Duration::from_millis(50),
-        idle_timeout: Duration::from_millis(200),
-        ..Tuning::default()
-    };
+    let impatient = Tuning { keep_alive: Duration::from_millis(50), idle_timeout: Duration::from_millis(200), ..Tuning::default() };
     let key = NodeKey::generate().unwrap();
     let pinned = PinnedPeers::new();
     let a = Endpoint::bind(None, key.clone(), pinned.clone(), impatient.clone()).unwrap();
@@ -123,10 +119,7 @@ async fn strangers_in_a_crowd_do_not_stop_a_good_peer() {
     }
     soon(a.dial(addr(&b), b.fingerprint())).await.unwrap();
     for refused in soon(strangers.join_all()).await {
-        assert!(
-            matches!(refused, Some(DialError::NotPinned { .. })),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Some(DialError::NotPinned { .. })), "{refused:?}");
     }
     assert_eq!(soon(b.accept()).await.unwrap().node, "a");
 }

@@ -1,0 +1,250 @@
+//! The command line of `twinbox`: what can be asked for, and the help a tired admin reads at three in the morning.
+//!
+//! Invariant: every command's long help has an example and the exit codes it ends with ([`crate::exit`]).
+//! Does not run anything; see `cli/help.rs` for the texts.
+
+mod help;
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{DEFAULT_PORT, LogLevel, Role};
+use crate::glob::Glob;
+use crate::layout::Layout;
+use crate::names::{BadName, MirrorName, NodeName};
+
+/// Keeps a live, crash-safe twin of a mail store on a second machine.
+#[derive(Debug, Parser)]
+#[command(name = "twinbox", version, about, after_help = help::SHORT, after_long_help = help::long())]
+#[command(propagate_version = true, disable_help_subcommand = false, max_term_width = 100)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Least severe log lines to show (to stderr) [default: warn for mirror and demo, else the configuration's]
+    #[arg(long, global = true, value_enum, value_name = "LEVEL", help_heading = "Output")]
+    pub log_level: Option<LogLevel>,
+    /// Show errors and results only: no progress, no status line
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+#[non_exhaustive]
+pub enum Command {
+    /// Try it: mirror a sample mail store in a temporary directory and watch the lag
+    #[command(after_long_help = help::demo())]
+    Demo(Demo),
+    /// Mirror SRC to DST on this machine, live, until Ctrl-C
+    #[command(after_long_help = help::mirror())]
+    Mirror(Mirror),
+    /// Write a configuration and make this node's key
+    #[command(after_long_help = help::init())]
+    Init(Init),
+    /// Make two nodes trust each other by a one-time code
+    #[command(after_long_help = help::pair())]
+    Pair(Pair),
+    /// Run the agent in the foreground
+    #[command(after_long_help = help::run())]
+    Run(Run),
+    /// Make the running agent read its configuration again
+    #[command(after_long_help = help::reload())]
+    Reload(Reload),
+    /// How well is the mail protected?
+    #[command(after_long_help = help::status())]
+    Status(StatusArgs),
+    /// Compare two trees on this machine: names, content, all metadata
+    #[command(after_long_help = help::compare())]
+    Compare(Compare),
+}
+
+/// `twinbox demo`
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// How long mail is delivered, in seconds
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub seconds: u64,
+    /// Keep the directory with both stores afterwards, and say where it is
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// `twinbox mirror`
+#[derive(Debug, Args)]
+pub struct Mirror {
+    /// The tree to mirror
+    pub src: PathBuf,
+    /// The replica; made if missing. One that is not empty must be this mirror's own, unless --adopt is given
+    pub dst: PathBuf,
+    /// Where to remember what has been mirrored, outside both trees [default: below ~/.local/state/twinbox, by SRC and DST]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Format of the store: maildir, sdbox, mdbox, mbox or plain; decides what is scratch and never mirrored
+    #[arg(long, value_name = "LAYOUT", default_value_t = Layout::Maildir)]
+    pub layout: Layout,
+    /// End when both sides are in sync, instead of going on
+    #[arg(long)]
+    pub once: bool,
+    /// Take over a DST that is not empty: only differences travel, and what is replaced is kept in the state's rescue/
+    #[arg(long)]
+    pub adopt: bool,
+    /// Print the status as one JSON object a line, instead of a progress bar
+    #[arg(long)]
+    pub json: bool,
+    /// Leave out what matches; may be given several times ("*.bak" anywhere, "a/b" from the root, "x/" directories only)
+    #[arg(long, value_name = "GLOB")]
+    pub exclude: Vec<Glob>,
+}
+
+/// The configuration file, for every command that needs one.
+#[derive(Debug, Clone, Args)]
+pub struct ConfigFile {
+    /// The configuration file
+    #[arg(short, long, value_name = "FILE", default_value = "/etc/twinbox/twinbox.toml")]
+    pub config: PathBuf,
+}
+
+/// `twinbox init`
+#[derive(Debug, Args)]
+pub struct Init {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Name of this node, unique among those that will know each other
+    #[arg(long, value_name = "NAME")]
+    pub node: NodeName,
+    /// Role of this node in its mirrors to begin with
+    #[arg(long, value_enum)]
+    pub role: Role,
+    /// Name and directory of a mirror; the name is the same on both nodes, the directory need not be. May be repeated
+    #[arg(long, value_name = "NAME=ROOT", required = true)]
+    pub mirror: Vec<MirrorRoot>,
+    /// Format of the store: maildir, sdbox, mdbox, mbox or plain
+    #[arg(long, value_name = "LAYOUT", default_value_t = Layout::Maildir)]
+    pub layout: Layout,
+    /// UDP address to listen on; open it in the firewall
+    #[arg(long, value_name = "IP:PORT", default_value_t = std::net::SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)))]
+    pub listen: std::net::SocketAddr,
+    /// State directory: key, database, redo log
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/twinbox")]
+    pub state: PathBuf,
+}
+
+/// `NAME=ROOT` of `twinbox init --mirror`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MirrorRoot {
+    /// Name of the mirror.
+    pub name: MirrorName,
+    /// Its directory, as given.
+    pub root: PathBuf,
+}
+
+/// Why a `NAME=ROOT` was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadMirrorRoot {
+    /// There is no `=`, or nothing after it.
+    #[error("write NAME=ROOT, as in mail=/srv/mail")]
+    Shape,
+    /// The name is none.
+    #[error(transparent)]
+    Name(#[from] BadName),
+}
+
+impl FromStr for MirrorRoot {
+    type Err = BadMirrorRoot;
+
+    fn from_str(text: &str) -> Result<Self, BadMirrorRoot> {
+        match text.split_once('=') {
+            Some((name, root)) if !root.is_empty() => Ok(MirrorRoot { name: name.parse()?, root: root.into() }),
+            _ => Err(BadMirrorRoot::Shape),
+        }
+    }
+}
+
+/// `twinbox pair`
+#[derive(Debug, Args)]
+pub struct Pair {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// The code the other node printed; without one, a code is printed here and the other node is waited for
+    pub code: Option<String>,
+    /// Address of this node to put into the code, as the other node reaches it; may be repeated [default: found out]
+    #[arg(long, value_name = "IP:PORT")]
+    pub address: Vec<std::net::SocketAddr>,
+    /// How long the printed code is good for
+    #[arg(long, value_name = "MINUTES", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=1440))]
+    pub expires: u64,
+}
+
+impl Pair {
+    /// How long a printed code is good for.
+    #[must_use]
+    pub fn lifetime(&self) -> Duration {
+        Duration::from_secs(self.expires * 60)
+    }
+}
+
+/// `twinbox run`
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Take over a root that is not empty and not known as this mirror's; what is replaced is kept in rescue. May be repeated
+    #[arg(long, value_name = "MIRROR")]
+    pub adopt: Vec<MirrorName>,
+}
+
+/// `twinbox reload`
+#[derive(Debug, Args)]
+pub struct Reload {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+}
+
+/// `twinbox status`
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Print one JSON object of a stable, documented schema (docs/status.md)
+    #[arg(long)]
+    pub json: bool,
+    /// Go on, once a second, until Ctrl-C
+    #[arg(short, long)]
+    pub watch: bool,
+}
+
+/// `twinbox compare`
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// One tree
+    pub a: PathBuf,
+    /// The other
+    pub b: PathBuf,
+    /// Print each difference as a JSON object, one a line
+    #[arg(long)]
+    pub json: bool,
+    /// Leave out what this layout never mirrors; with plain, compare everything
+    #[arg(long, value_name = "LAYOUT", default_value_t = Layout::Plain)]
+    pub layout: Layout,
+}
+
+#[cfg(test)]
+#[path = "cli_tests.rs"]
+mod tests;

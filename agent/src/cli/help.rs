@@ -1,0 +1,135 @@
+//! The long help: an example that can be pasted, and how the command ends.
+
+use crate::exit::ExitCode as Exit;
+
+/// Below `twinbox -h`.
+pub(super) const SHORT: &str = "First time here? `twinbox demo`. More, with examples and exit codes: `twinbox COMMAND --help`.";
+
+/// Below `twinbox --help`.
+pub(super) fn long() -> String {
+    format!(
+        "\
+Examples:
+  See it work, nothing to set up:
+    twinbox demo
+  Mirror a store on this machine:
+    twinbox mirror /srv/mail /backup/mail
+  Two machines:
+    mail1# twinbox init --node mail1 --role primary --mirror mail=/srv/mail
+    mail2# twinbox init --node mail2 --role standby --mirror mail=/srv/mail
+    mail1# twinbox pair                    (prints a code and waits)
+    mail2# twinbox pair twinbox-pair:…     (the code from mail1)
+    both#  systemctl enable --now twinbox  (or: twinbox run)
+    both#  twinbox status
+
+{}",
+        Exit::table()
+    )
+}
+
+pub(super) fn demo() -> String {
+    sections(
+        "
+  twinbox demo
+  twinbox demo --seconds 5 --keep",
+        &[Exit::Ok, Exit::Failure, Exit::Differs, Exit::Io, Exit::Watches, Exit::Interrupted],
+    )
+}
+
+pub(super) fn mirror() -> String {
+    sections(
+        "
+  twinbox mirror /srv/mail /backup/mail
+  twinbox mirror --once ~/Maildir /mnt/usb/Maildir && echo in sync
+  twinbox mirror --layout mdbox --exclude '*.bak' /srv/mail /backup/mail
+
+Works as an ordinary user too: then ownership of other users' files is not kept, and files they hold
+open are watched less strictly. The status says so.
+Ctrl-C drains what is under way and prints a summary; started again, it goes on where it stopped.",
+        &[
+            Exit::Ok,
+            Exit::Failure,
+            Exit::Usage,
+            Exit::BadPath,
+            Exit::State,
+            Exit::Differs,
+            Exit::Io,
+            Exit::Watches,
+            Exit::Permission,
+            Exit::Interrupted,
+        ],
+    )
+}
+
+pub(super) fn init() -> String {
+    sections(
+        "
+  mail1# twinbox init --node mail1 --role primary --mirror mail=/srv/mail
+  mail2# twinbox init --node mail2 --role standby --mirror mail=/srv/mail --layout mdbox
+
+Never overwrites a configuration. The key (mode 0600) stays in the state directory and never leaves it.
+Next: `twinbox pair` on one node.",
+        &[Exit::Ok, Exit::Usage, Exit::Config, Exit::BadPath, Exit::Io, Exit::Permission],
+    )
+}
+
+pub(super) fn pair() -> String {
+    sections(
+        "
+  mail1# twinbox pair                  prints twinbox-pair:… and waits
+  mail2# twinbox pair twinbox-pair:…   both now know each other's key and address
+
+Pass the code on by a channel you trust: it is good once, until it expires. Nothing else gets a node in.
+If this node is behind NAT or has several addresses, name the ones to use with --address.",
+        &[Exit::Ok, Exit::Usage, Exit::Config, Exit::State, Exit::Listen, Exit::Peer, Exit::Interrupted],
+    )
+}
+
+pub(super) fn run() -> String {
+    sections(
+        "
+  twinbox run --config /etc/twinbox/twinbox.toml
+  systemctl enable --now twinbox       (packaging/twinbox.service)
+
+SIGTERM and Ctrl-C drain and stop; SIGHUP reads the configuration again. Tells systemd when it is ready.",
+        &[Exit::Ok, Exit::Failure, Exit::Config, Exit::BadPath, Exit::State, Exit::Listen, Exit::Io, Exit::Watches, Exit::Permission],
+    )
+}
+
+pub(super) fn reload() -> String {
+    sections(
+        "
+  twinbox reload
+
+A wrong configuration is refused and the old one stays in force. What needs a restart is named.",
+        &[Exit::Ok, Exit::Failure, Exit::Config, Exit::NoAgent, Exit::Permission],
+    )
+}
+
+pub(super) fn status() -> String {
+    sections(
+        "
+  twinbox status
+  twinbox status --watch
+  twinbox status --json | jq '.mirrors[] | {name, state, bound_ms}'
+
+Read the second line of each mirror first: \"standby is at LSN n, at most t behind, m changes pending\".
+PROTECTED: a standby follows. UNPROTECTED: what changes now exists once. Lines with `!` need you.",
+        &[Exit::Ok, Exit::Config, Exit::NoAgent, Exit::Permission],
+    )
+}
+
+pub(super) fn compare() -> String {
+    sections(
+        "
+  twinbox compare /srv/mail /backup/mail
+  twinbox compare --layout maildir --json /srv/mail /backup/mail | head
+
+Reads both trees in full. Meant for trees at rest: what changes meanwhile is reported as a difference.",
+        &[Exit::Ok, Exit::Usage, Exit::BadPath, Exit::Differs, Exit::Io, Exit::Permission],
+    )
+}
+
+fn sections(examples: &str, codes: &[Exit]) -> String {
+    format!("Examples:{examples}\n\n{}", Exit::lines(codes))
+}
