@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod atomic;
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod duration;

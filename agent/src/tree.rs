@@ -324,9 +324,9 @@ mod tests {
         if rfs::setxattr(&path, "user.b", b"2", rfs::XattrFlags::empty()).is_err() {
             return; // A file system without user attributes has nothing to read.
         }
-        rfs::setxattr(&path, "user.a", &[7; 5000], rfs::XattrFlags::empty()).unwrap();
+        rfs::setxattr(&path, "user.a", &[7; 2000], rfs::XattrFlags::empty()).unwrap();
         let root = Root::open(dir.path()).unwrap();
-        let want = vec![(ByteBuf::from("user.a"), ByteBuf::from(vec![7; 5000])), (ByteBuf::from("user.b"), ByteBuf::from("2"))];
+        let want = vec![(ByteBuf::from("user.a"), ByteBuf::from(vec![7; 2000])), (ByteBuf::from("user.b"), ByteBuf::from("2"))];
         assert_eq!(xattrs(root.file(&p("f")).unwrap().as_fd(), false).unwrap(), want);
         assert_eq!(xattrs(root.handle(&p("f")).unwrap().as_fd(), true).unwrap(), want);
     }

@@ -173,6 +173,8 @@ pub enum ToPrimary {
         /// Digest there.
         digest: Digest,
     },
+    /// Answer to `Begin`: log and bulk streams may be opened.
+    Begun,
     /// Everything up to here survives a power cut.
     Durable {
         /// Position.

@@ -364,6 +364,32 @@ impl Manifest {
         !self.db.is_autocommit()
     }
 
+    /// Takes back everything since [`Manifest::begin`].
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn roll_back(&mut self) -> rusqlite::Result<()> {
+        if !self.db.is_autocommit() {
+            self.db.execute_batch("ROLLBACK")?;
+        }
+        let key = self.meta("digest_key")?.and_then(|v| v.try_into().ok()).unwrap_or_default();
+        let digest = self.meta("digest")?.and_then(|v| v.try_into().ok()).unwrap_or_default();
+        self.key = DigestKey(key);
+        self.digest = Digest::from_bytes(digest);
+        self.rows = self.db.query_row("SELECT count(*) FROM file", [], |row| row.get::<_, i64>(0))? as u64;
+        Ok(())
+    }
+
+    /// Paths whose row was not set since the mark was set with [`Manifest::set_lsn`].
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn unmarked(&self, mark: Lsn, most: usize) -> rusqlite::Result<Vec<RelPath>> {
+        let mut statement = self.db.prepare_cached("SELECT dir, name FROM file WHERE lsn != ?1 LIMIT ?2")?;
+        let rows = statement.query_map([mark.0 as i64, most as i64], |sql| Ok((sql.get::<_, Vec<u8>>(0)?, sql.get::<_, Vec<u8>>(1)?)))?;
+        Ok(rows.collect::<rusqlite::Result<Vec<_>>>()?.iter().filter_map(|(dir, name)| join(dir, name).ok()).collect())
+    }
+
     /// Stores page values and chunk list of a content.
     ///
     /// # Errors

@@ -72,7 +72,6 @@ pub enum Seen {
 
 /// Why there is no plan.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
 pub enum PlanError {
     /// Rows and observations do not fit: look at this place again, with everything below it.
     #[error("{path} must be looked at again ({why})")]
@@ -175,8 +174,15 @@ impl Planner<'_> {
         let inos: HashSet<u64> =
             self.seen.values().filter_map(|s| if let Seen::Present(f) = s { Some(f.local.ino) } else { None }).collect();
         for Hint { from, to } in hints {
-            let Some(row) = self.view.row(from)? else { continue };
+            // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
+            let needed = self.found(to).is_some_and(|f| f.entry.is_dir());
+            let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };
+            let Some(row) = self.view.row(from)? else {
+                skipped("moved here from a name that is not known")?;
+                continue;
+            };
             if from == to || to.is_within(from) || from.is_within(to) || !row.local.is_some_and(|l| inos.contains(&l.ino)) {
+                skipped("not what was moved here")?;
                 continue;
             }
             self.parents(to)?;

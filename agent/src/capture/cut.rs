@@ -1,0 +1,365 @@
+//! Rounds: look at every member of the groups that are dirty, between two boundaries, and commit those of which no member was touched meanwhile.
+//!
+//! The committed content is the group's state at the *first* boundary: whatever was dirty then has been read since, and no event named it until the second boundary came out. Members that were touched, and what
+//! became dirty meanwhile, are the next round's; what was read and not touched need not be read again. Before the second boundary the directory of each name looked at is read once: a change of names
+//! that we may have observed holds that directory's lock until its events are queued.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use twinbox_protocol::entry::Time;
+use twinbox_protocol::ids::Lsn;
+use twinbox_protocol::ops::{FLAG_INITIAL, FLAG_PARTIAL, Op};
+use twinbox_protocol::path::RelPath;
+use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
+use twinbox_resync::rows::{Row, Rows};
+
+use super::bulk::Job;
+use super::dirty::{Group, Mark};
+use super::engine::{CaptureError, Engine, Waiter};
+use super::look::{Known, Look, look};
+use super::messages::ToLink;
+
+/// Files looked at in one round, and bytes read: some milliseconds, so that other groups and the queue do not wait long.
+const ROUND_FILES: usize = 512;
+const ROUND_BYTES: usize = 8 * 1024 * 1024;
+/// A group that holds more than this sends the rest of its content ahead on bulk streams.
+const GROUP_BYTES: usize = 32 * 1024 * 1024;
+/// A file somebody is writing is left alone until it was quiet for this long,
+const SETTLE: Duration = Duration::from_millis(4);
+/// but not longer than this.
+const SETTLE_MAX: Duration = Duration::from_millis(40);
+/// Txns in flight at most.
+const FLIGHTS_MAX: usize = 4096;
+/// LSNs reserved at a time.
+const RESERVE: u64 = 4096;
+/// Latencies kept for status.
+const LATENCIES: usize = 1000;
+
+impl Engine {
+    /// Whether cuts can be taken at all now.
+    pub(super) fn can_cut(&self) -> bool {
+        self.session.is_some()
+            && self.outbox.bytes_in_flight() < self.config.window_bytes
+            && self.outbox.in_flight().len() < FLIGHTS_MAX
+            && (!self.complete || self.scan.is_done())
+    }
+
+    /// One round; `true` when it should go on at once.
+    pub(super) fn round(&mut self) -> Result<bool, CaptureError> {
+        let now = Instant::now();
+        if !self.can_cut() || !self.sets.has_work(now) {
+            return Ok(false);
+        }
+        let boundary = wall();
+        self.boundary()?;
+        if !self.can_cut() {
+            return Ok(true); // The events asked for a comparison first.
+        }
+        let mut groups: Vec<(Option<Instant>, Group)> = self.sets.groups().map(|(name, g)| (g.since, name.clone())).collect();
+        groups.sort();
+        self.sets.start_round();
+        let (mut files, mut bytes, mut taken) = (0, 0, BTreeSet::new());
+        let mut parents = BTreeSet::new();
+        let mut units: Vec<BTreeSet<Group>> = vec![];
+        for (_, name) in groups {
+            if taken.contains(&name) || files >= ROUND_FILES || bytes >= ROUND_BYTES {
+                continue;
+            }
+            let unit = self.sets.closure(&name);
+            for name in &unit {
+                self.sets.freeze(name);
+                self.look_at_group(name, boundary, &mut files, &mut bytes, &mut parents)?;
+            }
+            taken.extend(unit.iter().cloned());
+            units.push(unit);
+        }
+        for dir in &parents {
+            self.barrier(dir);
+        }
+        self.boundary()?;
+        let (mut again, mut committed) = (false, false);
+        for unit in units {
+            // A rename since may have joined it to another.
+            let unit: BTreeSet<Group> = unit.iter().flat_map(|name| self.sets.closure(name)).collect();
+            if self.is_cut(&unit) {
+                committed |= self.commit(&unit)?;
+            } else {
+                again = true;
+                self.summary.spoiled_rounds += u64::from(unit.iter().any(|name| self.sets.group(name).spoiled));
+            }
+        }
+        Ok(committed || again && self.sets.has_work(Instant::now()))
+    }
+
+    fn is_cut(&mut self, unit: &BTreeSet<Group>) -> bool {
+        if !self.complete {
+            return true;
+        }
+        self.scan.is_done() && unit.iter().all(|name| self.sets.is_round_whole(name))
+    }
+
+    fn look_at_group(
+        &mut self,
+        name: &[u8],
+        boundary: Time,
+        files: &mut usize,
+        bytes: &mut usize,
+        parents: &mut BTreeSet<RelPath>,
+    ) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        let due: Vec<RelPath> = self.sets.group(name).dirty.keys().take(ROUND_FILES.saturating_sub(*files)).cloned().collect();
+        for path in due {
+            if *files >= ROUND_FILES || *bytes >= ROUND_BYTES {
+                break;
+            }
+            let Some(mark) = self.sets.take(name, &path) else { continue };
+            if mark.not_before.is_some_and(|at| at > now) {
+                self.sets.put_back(name, path, mark);
+                continue;
+            }
+            *files += 1;
+            if let Some(parent) = path.parent() {
+                parents.insert(parent);
+            }
+            *bytes += self.look_at(name, path, mark, boundary)?;
+        }
+        Ok(())
+    }
+
+    /// One look; gives the bytes it read.
+    fn look_at(&mut self, name: &[u8], path: RelPath, mark: Mark, boundary: Time) -> Result<usize, CaptureError> {
+        let now = Instant::now();
+        if self.config.selection.excludes(path.as_bytes(), self.watch.at(&path).is_some()) {
+            // Exclusions changed: what the standby has of it goes.
+            self.sets.captured(name, path, Seen::Absent);
+            return Ok(0);
+        }
+        let row = self.view.row(&self.sets.origin(&path))?;
+        let known = Known {
+            row: row.as_ref(),
+            content: mark.content,
+            scan: mark.scan,
+            quiet_only: now.duration_since(mark.last) < SETTLE && now.duration_since(mark.since) < SETTLE_MAX,
+            boundary,
+        };
+        let view = &self.view;
+        let (seen, writer) = look(&self.root, &path, &known, |hash| view.large(hash).ok().flatten(), &self.recent);
+        match writer {
+            Some(true) => {
+                self.writers.insert(path.clone(), now);
+            }
+            Some(false) => {
+                self.writers.remove(&path);
+            }
+            None => {}
+        }
+        match seen {
+            Look::Seen(seen, large) => {
+                self.unreadable.remove(&path);
+                let read = super::dirty::weight(&seen);
+                if let Seen::Present(found) = &seen {
+                    self.other_names(name, &path, found, row.as_ref())?;
+                    if matches!(found.body, Body::Bytes(_) | Body::Recipe(_)) && self.sets.group(name).bytes > GROUP_BYTES && self.complete
+                    {
+                        return self.send_ahead(name, path, row.as_ref()).map(|()| 0);
+                    }
+                }
+                match large {
+                    Some(large) => self.larges.insert(path.clone(), large),
+                    None => self.larges.remove(&path),
+                };
+                self.sets.captured(name, path, seen);
+                Ok(read)
+            }
+            Look::Unstable { writer } => {
+                let rounds = self.sets.group(name).rounds.min(10);
+                let wait = if writer { SETTLE } else { Duration::from_micros(200 << rounds.min(7)) };
+                self.sets.put_back(name, path, Mark { content: true, not_before: Some(now + wait), ..mark });
+                Ok(0)
+            }
+            Look::Bulk => self.send_ahead(name, path, row.as_ref()).map(|()| 0),
+            Look::Unreadable(error) => {
+                self.cannot_read(&path, error);
+                self.sets.captured(name, path, Seen::Skip);
+                Ok(0)
+            }
+        }
+    }
+
+    /// An event comes under one name of an inode: its other names are looked at too, and cut together.
+    fn other_names(&mut self, name: &[u8], path: &RelPath, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
+        if found.nlink < 2 || found.entry.is_dir() || row.is_some_and(|row| row.entry == found.entry && row.local == Some(found.local)) {
+            return Ok(());
+        }
+        for other in self.view.by_ino(found.local.ino)? {
+            let group = self.group_of(&other, false);
+            self.sets.join(name, &group);
+            let state = self.sets.group(&group);
+            if other != *path && !state.dirty.contains_key(&other) && !state.captured.contains_key(&other) {
+                self.sets.mark(&group, &other, false, true, false, Instant::now());
+                self.sets.group(name).spoiled = true; // Not without them.
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a file to the bulk thread.
+    fn send_ahead(&mut self, name: &[u8], path: RelPath, row: Option<&Row>) -> Result<(), CaptureError> {
+        let Some(session) = &self.session else { return Ok(()) };
+        self.job_id += 1;
+        let id = self.job_id;
+        let old = row.and_then(|row| row.entry.hash());
+        let base = match old {
+            Some(hash) => self.view.large(hash)?.map(|large| (hash, large)),
+            None => None,
+        };
+        let in_place = match (row.and_then(|row| row.local), self.root.stat(&path)) {
+            (Some(local), Ok(Some(stat))) => stat.st_ino == local.ino && stat.st_nlink == 1,
+            _ => false,
+        };
+        let job = Job { id, out: session.bulk.clone(), path: path.clone(), base, in_place, whole: false };
+        self.sets.group(name).staging.insert(path, id);
+        let _ = self.jobs.send(job); // Ended only when this thread ends.
+        Ok(())
+    }
+
+    /// Plans and ships what a unit of groups has captured; `true` when a txn went out.
+    fn commit(&mut self, unit: &BTreeSet<Group>) -> Result<bool, CaptureError> {
+        let (mut seen, hints, since) = self.sets.commit(unit);
+        if seen.is_empty() && hints.is_empty() {
+            return Ok(false);
+        }
+        self.reserve()?;
+        let lsn = self.outbox.next_lsn();
+        let ops = match plan(&mut self.view, lsn, &seen, &hints) {
+            Ok(ops) => ops,
+            Err(error @ PlanError::Store { .. }) => return Err(std::io::Error::other(error).into()),
+            Err(PlanError::Rescan { path, why }) => {
+                tracing::debug!(mirror = %self.config.name, %path, why, "looked at again");
+                for moved in hints.into_iter().map(|h| h.to).chain(self.sets.distrust()).chain([path]) {
+                    self.mark(&moved, true, true, false);
+                    self.scan.push(moved);
+                }
+                for path in seen.into_keys() {
+                    self.larges.remove(&path);
+                    self.mark(&path, true, true, false);
+                }
+                return Ok(true);
+            }
+        };
+        let mut flags = if self.complete { 0 } else { FLAG_INITIAL };
+        for (path, seen) in &mut seen {
+            match seen {
+                Seen::Skip => flags |= FLAG_PARTIAL,
+                Seen::Present(found) => self.remember(path, found)?,
+                Seen::Absent => {}
+            }
+        }
+        for name in unit {
+            self.waiters.iter_mut().for_each(|w| {
+                w.groups.remove(name);
+            });
+        }
+        if ops.is_empty() {
+            return Ok(false);
+        }
+        self.ship(ops, flags, since);
+        Ok(true)
+    }
+
+    fn remember(&mut self, path: &RelPath, found: &Found) -> Result<(), CaptureError> {
+        if let (Some(hash), Some((large, replaces))) = (found.entry.hash(), self.larges.remove(path)) {
+            if let Some(chunks) = &large.chunks {
+                self.recent.add(hash, chunks);
+            }
+            self.view.set_large(hash, &large, replaces)?;
+        }
+        Ok(())
+    }
+
+    fn reserve(&mut self) -> Result<(), CaptureError> {
+        if self.outbox.wants_reserve() {
+            let ceiling = Lsn(self.outbox.next_lsn().0 + RESERVE);
+            self.node.reserve(&self.config.name, ceiling)?;
+            self.outbox.handle_reserved(ceiling);
+        }
+        Ok(())
+    }
+
+    fn ship(&mut self, ops: Vec<Op>, flags: u8, since: Option<Instant>) {
+        let now = Instant::now();
+        let files = ops.iter().filter(|op| !matches!(op, Op::SetMeta { .. })).count();
+        let weight: usize = ops.iter().map(Op::weight).sum();
+        let Some((lsn, frames)) = self.outbox.seal(ops, flags, self.view.digest(), super::engine::wall_ns()) else { return };
+        self.summary.txns += 1;
+        self.summary.files += files as u64;
+        self.summary.bytes += weight as u64;
+        self.flights.push_back((lsn, since.unwrap_or(now), now));
+        if let Some(session) = &self.session {
+            let _ = session.out.send(ToLink::Txn(frames)); // A closed queue means the session is ending; `Down` follows.
+        }
+    }
+
+    /// When everything found by the first comparison is durable, says so with a txn of its own.
+    pub(super) fn finish_first_sync(&mut self) -> Result<(), CaptureError> {
+        if self.complete || self.session.is_none() || !self.scan.is_done() || !self.sets.is_clean() || self.outbox.in_flight().len() > 0 {
+            return Ok(());
+        }
+        self.reserve()?;
+        self.complete = true;
+        self.node.set_complete(&self.config.name, true)?;
+        tracing::info!(mirror = %self.config.name, "first sync complete: the standby is in sync");
+        self.view.start(self.outbox.next_lsn());
+        self.view.keep();
+        self.ship(vec![], 0, None);
+        Ok(())
+    }
+
+    pub(super) fn handle_durable(&mut self, lsn: Lsn) -> Result<(), CaptureError> {
+        let done = self.outbox.handle_durable(lsn).map_err(std::io::Error::other)?;
+        let now = Instant::now();
+        while let Some((_, _, sent)) = self.flights.pop_front_if(|(at, _, _)| *at <= lsn) {
+            let us = now.duration_since(sent).as_micros().min(u128::from(u32::MAX)) as u32;
+            if self.latencies.len() >= LATENCIES {
+                self.latencies.pop_front();
+            }
+            self.latencies.push_back(us);
+        }
+        if let Some(done) = done {
+            self.view.handle_durable(done.position)?;
+            if let Some(session) = &self.session {
+                let _ = session.out.send(ToLink::Stored(done.position.lsn));
+            }
+        }
+        Ok(())
+    }
+
+    /// A caller wants to know when all that is dirty now has arrived.
+    pub(super) fn wait_for_sync(&mut self, reply: tokio::sync::oneshot::Sender<()>) -> Result<(), CaptureError> {
+        self.boundary()?;
+        let groups = self.sets.groups().map(|(name, _)| name.clone()).collect();
+        self.waiters.push(Waiter { groups, at: None, reply });
+        Ok(())
+    }
+
+    pub(super) fn answer_waiters(&mut self) {
+        let (last, applied) = (self.outbox.last().lsn, self.applied);
+        let settled = self.complete && self.session.is_some() && self.scan.is_done() && !self.compare && !self.collapsed;
+        for mut waiter in std::mem::take(&mut self.waiters) {
+            if waiter.at.is_none() && settled && waiter.groups.iter().all(|name| self.sets.group_is_clean(name)) {
+                waiter.at = Some(last);
+            }
+            if waiter.at.is_some_and(|at| at <= applied) {
+                let _ = waiter.reply.send(());
+            } else {
+                self.waiters.push(waiter);
+            }
+        }
+    }
+}
+
+fn wall() -> Time {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    Time { secs: now.tv_sec, nanos: now.tv_nsec as u32 }
+}

@@ -1,0 +1,403 @@
+//! What may differ from the standby: dirty paths per consistency group, the renames seen, and where a renamed path's row still is.
+//!
+//! Invariants: a path is in at most one of `dirty`, `captured` and `staging` of its group; `captured` holds only observations that no later event has named.
+//! Pure bookkeeping; time is an argument.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
+use std::time::Instant;
+
+use twinbox_protocol::path::RelPath;
+use twinbox_resync::plan::{Hint, Seen};
+
+/// Name of a consistency group.
+pub type Group = Vec<u8>;
+
+/// Why a path is dirty.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mark {
+    /// An event says its bytes may have changed (else only its name or attributes).
+    pub content: bool,
+    /// Found by comparing a listing, not by an event: trust nothing but an equal ctime.
+    pub scan: bool,
+    /// First event since it was last clean.
+    pub since: Instant,
+    /// Last event.
+    pub last: Instant,
+    /// Not to be looked at before.
+    pub not_before: Option<Instant>,
+    /// Round in which it became dirty (or was put back).
+    pub round: u64,
+}
+
+/// One consistency group with something to do.
+#[derive(Debug, Default)]
+pub struct GroupState {
+    /// To be looked at.
+    pub dirty: BTreeMap<RelPath, Mark>,
+    /// Looked at, and no event since.
+    pub captured: BTreeMap<RelPath, Seen>,
+    /// Content on its way ahead on a bulk stream: path ▶ job number.
+    pub staging: BTreeMap<RelPath, u64>,
+    /// Renames seen since the last commit, in order.
+    pub hints: Vec<Hint>,
+    /// How many of them were seen before the round's first boundary: only these belong to its cut.
+    pub frozen: usize,
+    /// A captured member was touched since the round began.
+    pub spoiled: bool,
+    /// Rounds since the last commit.
+    pub rounds: u32,
+    /// Oldest event not yet committed.
+    pub since: Option<Instant>,
+    /// Bytes held in `captured`.
+    pub bytes: usize,
+}
+
+impl GroupState {
+    /// Nothing to do.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.dirty.is_empty() && self.captured.is_empty() && self.staging.is_empty()
+    }
+}
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub struct DirtySets {
+    groups: BTreeMap<Group, GroupState>,
+    joins: BTreeSet<(Group, Group)>,
+    origins: BTreeMap<RelPath, RelPath>,
+    count: usize,
+    round: u64,
+}
+
+impl DirtySets {
+    /// A round of cuts begins: what becomes dirty from now on is the next one's.
+    pub fn start_round(&mut self) {
+        self.round += 1;
+    }
+
+    /// Whether every path of the group that was dirty when the round began has been captured since, and none of them touched.
+    #[must_use]
+    pub fn is_round_whole(&self, name: &[u8]) -> bool {
+        self.groups.get(name).is_none_or(|g| !g.spoiled && g.staging.is_empty() && g.dirty.values().all(|mark| mark.round >= self.round))
+    }
+
+    /// Whether a group has nothing to do.
+    #[must_use]
+    pub fn group_is_clean(&self, name: &[u8]) -> bool {
+        self.groups.get(name).is_none_or(GroupState::is_clean)
+    }
+
+    /// Whether a round would find something to look at or to commit.
+    #[must_use]
+    pub fn has_work(&self, now: Instant) -> bool {
+        self.groups.values().any(|g| {
+            g.dirty.values().any(|m| m.not_before.is_none_or(|at| at <= now))
+                || (g.dirty.is_empty() && g.staging.is_empty() && !g.captured.is_empty())
+        })
+    }
+
+    /// When the next path wants to be looked at.
+    #[must_use]
+    pub fn next_look(&self, now: Instant) -> Option<Instant> {
+        self.groups.values().flat_map(|g| g.dirty.values()).map(|m| m.not_before.unwrap_or(now)).min()
+    }
+
+    /// Groups with something to do.
+    pub fn groups(&self) -> impl Iterator<Item = (&Group, &GroupState)> {
+        self.groups.iter()
+    }
+
+    /// A group's state, made when it has none.
+    pub fn group(&mut self, name: &[u8]) -> &mut GroupState {
+        if !self.groups.contains_key(name) {
+            self.groups.insert(name.to_vec(), GroupState::default());
+        }
+        self.groups.entry(name.to_vec()).or_default()
+    }
+
+    /// Paths to be looked at.
+    #[must_use]
+    pub fn dirty_count(&self) -> usize {
+        self.count
+    }
+
+    /// Paths not yet committed.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.groups.values().map(|g| g.dirty.len() + g.captured.len() + g.staging.len()).sum()
+    }
+
+    /// Oldest event not yet committed.
+    #[must_use]
+    pub fn oldest(&self) -> Option<Instant> {
+        self.groups.values().filter_map(|g| g.since).min()
+    }
+
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.groups.values().all(GroupState::is_clean)
+    }
+
+    /// Marks a path; an observation of it made before is void, and the round it belongs to is spoiled unless `quiet` (a directory's own times).
+    pub fn mark(&mut self, group: &[u8], path: &RelPath, content: bool, scan: bool, quiet: bool, now: Instant) {
+        let mut fresh = false;
+        let state = self.group(group);
+        if state.captured.contains_key(path) || state.staging.contains_key(path) {
+            if !quiet {
+                state.spoiled = true;
+                if let Some(seen) = state.captured.remove(path) {
+                    state.bytes -= weight(&seen).min(state.bytes);
+                }
+                state.staging.remove(path);
+            }
+        }
+        state.since.get_or_insert(now);
+        let round = self.round;
+        let state = self.groups.entry(group.to_vec()).or_default();
+        state
+            .dirty
+            .entry(path.clone())
+            .and_modify(|mark| {
+                mark.content |= content;
+                mark.scan |= scan;
+                mark.last = now;
+            })
+            .or_insert_with(|| {
+                fresh = true;
+                Mark { content, scan, since: now, last: now, not_before: None, round }
+            });
+        self.count += usize::from(fresh);
+    }
+
+    /// Takes a path out of a group's dirty set.
+    pub fn take(&mut self, group: &[u8], path: &RelPath) -> Option<Mark> {
+        let mark = self.group(group).dirty.remove(path);
+        self.count -= usize::from(mark.is_some());
+        mark
+    }
+
+    /// Puts a mark back as it was, merged with what came meanwhile.
+    pub fn put_back(&mut self, group: &[u8], path: RelPath, mark: Mark) {
+        let mut fresh = false;
+        self.group(group)
+            .dirty
+            .entry(path)
+            .and_modify(|m| {
+                m.content |= mark.content;
+                m.scan |= mark.scan;
+                m.since = m.since.min(mark.since);
+            })
+            .or_insert_with(|| {
+                fresh = true;
+                mark
+            });
+        self.count += usize::from(fresh);
+    }
+
+    /// Stores an observation.
+    pub fn captured(&mut self, group: &[u8], path: RelPath, seen: Seen) {
+        let state = self.group(group);
+        state.bytes += weight(&seen);
+        if let Some(old) = state.captured.insert(path, seen) {
+            state.bytes -= weight(&old).min(state.bytes);
+        }
+    }
+
+    /// A rename was seen: what was known of the old name belongs to the new one.
+    pub fn renamed(&mut self, from: (&[u8], &RelPath), to: (&[u8], &RelPath), is_dir: bool, now: Instant) {
+        let content = self.take(from.0, from.1).is_some_and(|mark| mark.content);
+        self.mark(from.0, from.1, false, false, false, now);
+        self.mark(to.0, to.1, content, false, false, now);
+        let origin = self.origin(from.1);
+        if is_dir {
+            self.move_below(from.1, to.1, to.0, now);
+        }
+        self.origins.remove(from.1);
+        self.origins.insert(to.1.clone(), origin);
+        if from.0 != to.0 {
+            self.joins.insert((from.0.to_vec(), to.0.to_vec()));
+        }
+        let hint = Hint { from: from.1.clone(), to: to.1.clone() };
+        self.group(to.0).hints.push(hint);
+    }
+
+    /// Everything dirty or captured below `from` is dirty below `to`; `group` is the one of `to`.
+    fn move_below(&mut self, from: &RelPath, to: &RelPath, group: &[u8], now: Instant) {
+        let Some((low, high)) = from.below() else { return };
+        let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
+        let mut moved = vec![];
+        for state in self.groups.values_mut() {
+            let dirty: Vec<RelPath> = state.dirty.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
+            for path in dirty {
+                let content = state.dirty.remove(&path).is_some_and(|m| m.content);
+                self.count -= 1;
+                moved.push((path, content));
+            }
+            let captured: Vec<RelPath> = state.captured.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
+            for path in captured {
+                if let Some(seen) = state.captured.remove(&path) {
+                    state.bytes -= weight(&seen).min(state.bytes);
+                }
+                state.spoiled = true;
+                moved.push((path, true));
+            }
+            let staging: Vec<RelPath> = state.staging.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
+            for path in staging {
+                state.staging.remove(&path);
+                state.spoiled = true;
+                moved.push((path, true));
+            }
+        }
+        let origins: Vec<RelPath> = self.origins.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
+        for path in origins {
+            if let (Some(origin), Some(new)) = (self.origins.remove(&path), path.rebase(from, to)) {
+                self.origins.insert(new, origin);
+            }
+        }
+        for (path, content) in moved {
+            if let Some(new) = path.rebase(from, to) {
+                self.mark(group, &new, content, false, false, now);
+            }
+        }
+    }
+
+    /// Where the row of `path` is, before the renames seen since the last commit.
+    #[must_use]
+    pub fn origin(&self, path: &RelPath) -> RelPath {
+        if self.origins.is_empty() {
+            return path.clone();
+        }
+        let mut at = Some(path.clone());
+        while let Some(dir) = at {
+            if let Some(origin) = self.origins.get(&dir) {
+                return path.rebase(&dir, origin).unwrap_or_else(|| path.clone());
+            }
+            at = dir.parent();
+        }
+        path.clone()
+    }
+
+    /// Two groups must be cut together.
+    pub fn join(&mut self, a: &[u8], b: &[u8]) {
+        if a != b {
+            self.joins.insert((a.to_vec(), b.to_vec()));
+        }
+    }
+
+    /// All groups that must be cut together with `group`.
+    #[must_use]
+    pub fn closure(&self, group: &[u8]) -> BTreeSet<Group> {
+        let mut all: BTreeSet<Group> = [group.to_vec()].into();
+        if self.joins.is_empty() {
+            return all;
+        }
+        loop {
+            let before = all.len();
+            for (a, b) in &self.joins {
+                if all.contains(a) || all.contains(b) {
+                    all.insert(a.clone());
+                    all.insert(b.clone());
+                }
+            }
+            if all.len() == before {
+                return all;
+            }
+        }
+    }
+
+    /// A round begins: the renames seen so far belong to its cut.
+    pub fn freeze(&mut self, name: &[u8]) {
+        let state = self.group(name);
+        state.frozen = state.hints.len();
+        state.spoiled = false;
+        state.rounds += 1;
+    }
+
+    /// Takes what the groups have captured, with their renames in order; they begin anew with what is dirty.
+    pub fn commit(&mut self, names: &BTreeSet<Group>) -> (BTreeMap<RelPath, Seen>, Vec<Hint>, Option<Instant>) {
+        let (mut seen, mut hints, mut since) = (BTreeMap::new(), vec![], None::<Instant>);
+        for name in names {
+            let Some(state) = self.groups.get_mut(name) else { continue };
+            seen.append(&mut state.captured);
+            hints.extend(state.hints.drain(..state.frozen.min(state.hints.len())));
+            state.frozen = 0;
+            (state.bytes, state.rounds, state.spoiled) = (0, 0, false);
+            since = [since, state.since].into_iter().flatten().min();
+            state.since = state.dirty.values().map(|m| m.since).min();
+        }
+        if self.groups.values().all(|g| g.hints.is_empty()) {
+            self.origins.clear();
+        }
+        self.joins.retain(|(a, _)| !names.contains(a));
+        for name in names {
+            if self.groups.get(name).is_some_and(|g| g.is_clean() && g.hints.is_empty()) {
+                self.groups.remove(name);
+            }
+        }
+        (seen, hints, since)
+    }
+
+    /// Forgets everything (it will be found again by comparing).
+    pub fn clear(&mut self) {
+        *self = DirtySets::default();
+    }
+
+    /// Forgets every rename seen: gives the new names, which must be compared anew with all that is below them.
+    pub fn distrust(&mut self) -> Vec<RelPath> {
+        self.origins.clear();
+        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|hint| hint.to).collect()
+    }
+}
+
+/// Bytes an observation holds in memory.
+#[must_use]
+pub fn weight(seen: &Seen) -> usize {
+    use twinbox_protocol::ops::Seg;
+    use twinbox_resync::plan::Body;
+    let Seen::Present(found) = seen else { return 64 };
+    256 + match &found.body {
+        Body::Bytes(bytes) => bytes.len(),
+        Body::Recipe(segs) => segs.iter().map(|s| if let Seg::Data(d) = s { d.len() } else { 48 }).sum(),
+        Body::Patch { writes, .. } => writes.iter().map(|(_, b)| b.len() + 32).sum(),
+        Body::Unread | Body::Staged => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn p(text: &str) -> RelPath {
+        RelPath::new(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn an_event_voids_the_observation_and_spoils_the_round() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.captured(b"g", p("g/x"), Seen::Absent);
+        sets.mark(b"g", &p("g/x"), true, false, true, now);
+        assert!(!sets.group(b"g").spoiled, "a directory's own times do not");
+        sets.mark(b"g", &p("g/x"), true, false, false, now);
+        assert!(sets.group(b"g").spoiled && sets.group(b"g").captured.is_empty());
+        assert_eq!(sets.dirty_count(), 1);
+    }
+
+    #[test]
+    fn a_moved_directory_takes_marks_observations_and_origins_along() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.mark(b"a", &p("a/d/x"), true, false, false, now);
+        sets.captured(b"a", p("a/d/y"), Seen::Absent);
+        sets.renamed((b"a", &p("a/m")), (b"a", &p("a/d/m")), false, now);
+        sets.renamed((b"a", &p("a/d")), (b"b", &p("b/d")), true, now);
+        let b: Vec<_> = sets.group(b"b").dirty.iter().map(|(path, m)| (path.to_string(), m.content)).collect();
+        assert_eq!(b, [("b/d".into(), false), ("b/d/m".into(), false), ("b/d/x".into(), true), ("b/d/y".into(), true)]);
+        assert_eq!(sets.origin(&p("b/d/m")), p("a/m"));
+        assert_eq!(sets.origin(&p("b/d/x")), p("a/d/x"));
+        assert_eq!(sets.origin(&p("b/e")), p("b/e"));
+        assert_eq!(sets.closure(b"a"), [b"a".to_vec(), b"b".to_vec()].into());
+        assert!(sets.closure(b"c").len() == 1);
+    }
+}

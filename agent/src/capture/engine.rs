@@ -1,0 +1,649 @@
+//! The capture thread: its state, its loop, and what each event of the queue means.
+//!
+//! One turn: commands, events, a piece of a running comparison, timers, a round of cuts; then it waits on the queue and its eventfd. Nothing else touches this state, so there are no locks
+//! but the one around the published summary.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::inotify::ReadFlags;
+use tokio::sync::oneshot;
+use twinbox_protocol::ids::{ContentHash, Incarnation, Lsn};
+use twinbox_protocol::outbox::Outbox;
+use twinbox_protocol::path::RelPath;
+use twinbox_resync::manifest::{Large, Manifest};
+use twinbox_resync::node::{MirrorState, NodeState};
+use twinbox_resync::plan::Seen;
+use twinbox_resync::rows::RowError;
+use twinbox_resync::schema::StateError;
+use twinbox_resync::view::View;
+
+use super::bulk::{self, Job};
+use super::dirty::{DirtySets, Group};
+use super::messages::{CaptureHandle, CaptureStatus, Command};
+use super::recent::RecentChunks;
+use super::scan::Scan;
+use super::session::Session;
+use super::watch::{Event, Watch, WatchError, cookie_parent};
+use crate::layout::{Grouping, Selection};
+use crate::tree::{self, Root};
+
+/// What a primary needs to know.
+pub struct CaptureConfig {
+    /// Mirror.
+    pub name: String,
+    /// This node.
+    pub node: String,
+    /// The store.
+    pub root: PathBuf,
+    /// `<state>`, with `state.db`.
+    pub state_dir: PathBuf,
+    /// `<state>/mirrors/<name>`, with `manifest.db`.
+    pub mirror_dir: PathBuf,
+    /// What is mirrored.
+    pub selection: Selection,
+    /// How paths fall into groups.
+    pub grouping: Grouping,
+    /// Layout's name, for the peer.
+    pub layout: String,
+    /// The mirror's history.
+    pub known: MirrorState,
+    /// This run.
+    pub incarnation: Incarnation,
+    /// Most bytes in flight.
+    pub window_bytes: usize,
+    /// Most dirty paths kept; more become one comparison.
+    pub dirty_max: usize,
+    /// Compare the whole store with the manifest this often, if at all.
+    pub sweep: Option<Duration>,
+}
+
+/// Why a primary cannot work, or stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CaptureError {
+    /// The root cannot be used.
+    #[error("root {path}: {source}", path = path.display())]
+    Root {
+        /// Which.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The root went away under us.
+    #[error("root {path} was moved, removed or unmounted: put it back and restart the agent; nothing was shipped as removed", path = path.display())]
+    RootGone {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Watching failed.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+    /// State failed.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Rows failed.
+    #[error("{0}")]
+    Rows(#[from] RowError),
+    /// A system call of the loop failed.
+    #[error("capture: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A running capture.
+pub struct Capture {
+    handle: CaptureHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Capture {
+    /// Opens state and root, watches the whole tree, and starts the thread.
+    ///
+    /// # Errors
+    /// [`CaptureError`]: nothing is running then.
+    pub fn start(config: CaptureConfig) -> Result<Self, CaptureError> {
+        crate::sys::ignore_sigio();
+        let (commands, receiver) = channel();
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(io::Error::from)?);
+        let status = Arc::new(Mutex::new(CaptureStatus::default()));
+        let handle = CaptureHandle { commands, wake: wake.clone(), status };
+        let mut engine = Engine::open(config, handle.clone(), receiver, wake)?;
+        let thread = std::thread::spawn(move || {
+            if let Err(error) = engine.run() {
+                tracing::error!(mirror = %engine.config.name, %error, "capture stopped");
+                engine.fail(&error.to_string());
+            }
+        });
+        Ok(Capture { handle, thread: Some(thread) })
+    }
+
+    /// To speak to it.
+    #[must_use]
+    pub fn handle(&self) -> CaptureHandle {
+        self.handle.clone()
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.handle.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// First half of a rename.
+pub(super) struct HalfRename {
+    pub(super) path: RelPath,
+    pub(super) is_dir: bool,
+    pub(super) excluded: bool,
+}
+
+/// A caller of `Sync`.
+pub(super) struct Waiter {
+    pub(super) groups: BTreeSet<Group>,
+    pub(super) at: Option<Lsn>,
+    pub(super) reply: oneshot::Sender<()>,
+}
+
+/// An observation whose content is on its way: it counts when the standby has staged it.
+pub(super) struct Awaiting {
+    pub(super) id: u64,
+    pub(super) path: RelPath,
+    pub(super) seen: Seen,
+    pub(super) large: Option<(Large, Option<ContentHash>)>,
+}
+
+pub(super) struct Engine {
+    pub(super) config: CaptureConfig,
+    pub(super) root: Arc<Root>,
+    pub(super) node: NodeState,
+    pub(super) view: View,
+    pub(super) outbox: Outbox,
+    pub(super) watch: Watch,
+    pub(super) sets: DirtySets,
+    pub(super) halves: BTreeMap<u32, HalfRename>,
+    pub(super) scan: Scan,
+    pub(super) session: Option<Session>,
+    pub(super) complete: bool,
+    /// Compare the whole root when a session begins.
+    pub(super) compare: bool,
+    /// Too much was dirty: marks are not kept, the root is compared instead.
+    pub(super) collapsed: bool,
+    pub(super) recent: RecentChunks,
+    pub(super) larges: HashMap<RelPath, (Large, Option<ContentHash>)>,
+    pub(super) writers: BTreeMap<RelPath, Instant>,
+    pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
+    pub(super) jobs: Sender<Job>,
+    pub(super) job_id: u64,
+    pub(super) awaiting: HashMap<ContentHash, Vec<Awaiting>>,
+    /// Bulk jobs that answer a miss: job ▶ content asked for.
+    pub(super) misses: HashMap<u64, ContentHash>,
+    pub(super) waiters: Vec<Waiter>,
+    pub(super) flights: VecDeque<(Lsn, Instant, Instant)>,
+    pub(super) latencies: VecDeque<u32>,
+    pub(super) applied: Lsn,
+    pub(super) proof: Option<Instant>,
+    pub(super) summary: CaptureStatus,
+    pub(super) pull: Option<super::session::Pull>,
+    events: Vec<Event>,
+    receiver: Receiver<Command>,
+    wake: Arc<OwnedFd>,
+    handle: CaptureHandle,
+    writers_at: Instant,
+    published_at: Instant,
+    next_sweep: Option<Instant>,
+}
+
+/// Files known to be open for writing are looked at this often, because a write under another name raises no event here.
+const WRITERS_EVERY: Duration = Duration::from_millis(500);
+/// Paths that could not be read are tried again after this long.
+pub(super) const UNREADABLE_EVERY: Duration = Duration::from_secs(20);
+
+impl Engine {
+    fn open(config: CaptureConfig, handle: CaptureHandle, receiver: Receiver<Command>, wake: Arc<OwnedFd>) -> Result<Self, CaptureError> {
+        let root = Root::open(&config.root).map_err(|source| CaptureError::Root { path: config.root.clone(), source })?;
+        let root = Arc::new(root);
+        let io = |error| CaptureError::Io(error);
+        std::fs::create_dir_all(&config.mirror_dir).map_err(io)?;
+        let path = config.mirror_dir.join("manifest.db");
+        let mut damaged = None;
+        let mut manifest = match Manifest::open(&path, false) {
+            Err(error) if error.is_damage() => {
+                // The standby has the same rows: set the damaged file aside and ask for them.
+                let aside = path.with_extension(format!("db.damaged-{}", unix_seconds()));
+                std::fs::rename(&path, &aside).map_err(io)?;
+                for suffix in ["db-wal", "db-shm"] {
+                    let _ = std::fs::remove_file(path.with_extension(suffix));
+                }
+                tracing::error!(mirror = %config.name, %error, aside = %aside.display(), "manifest set aside; it is pulled from the standby");
+                damaged = Some(format!("{error}; it was set aside and is rebuilt"));
+                Manifest::open(&path, false)?
+            }
+            other => other?,
+        };
+        manifest.set_digest_key(config.known.digest_key).map_err(|e| manifest.state_error(&e))?;
+        let position = manifest.position().map_err(|e| manifest.state_error(&e))?;
+        let node = NodeState::open(&config.state_dir)?;
+        let outbox = Outbox::new(position, config.known.reserved);
+        let watch = Watch::new(root.fd(), &cookie_parent(&config.mirror_dir))?;
+        let jobs = bulk::start(root.clone(), handle.clone());
+        let now = Instant::now();
+        let mut engine = Engine {
+            complete: config.known.complete,
+            next_sweep: config.sweep.map(|every| now + every),
+            root,
+            node,
+            view: View::new(manifest),
+            outbox,
+            watch,
+            sets: DirtySets::default(),
+            halves: BTreeMap::new(),
+            scan: Scan::default(),
+            session: None,
+            compare: true,
+            collapsed: false,
+            recent: RecentChunks::default(),
+            larges: HashMap::new(),
+            writers: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
+            jobs,
+            job_id: 0,
+            awaiting: HashMap::new(),
+            misses: HashMap::new(),
+            waiters: vec![],
+            flights: VecDeque::new(),
+            latencies: VecDeque::new(),
+            applied: Lsn::ZERO,
+            proof: None,
+            summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), ..CaptureStatus::default() },
+            pull: None,
+            events: vec![],
+            receiver,
+            wake,
+            handle,
+            writers_at: now,
+            published_at: now,
+            config,
+        };
+        if let Some(message) = damaged {
+            engine.trouble(message);
+        }
+        engine.watch_everything()?;
+        Ok(engine)
+    }
+
+    fn run(&mut self) -> Result<(), CaptureError> {
+        loop {
+            if !self.commands()? {
+                return Ok(self.view.store_locals()?);
+            }
+            self.take_events()?;
+            let scanned = self.scan_some()?;
+            self.timers()?;
+            let cut = self.round()?;
+            self.finish_first_sync()?;
+            self.answer_waiters();
+            let busy = scanned || cut;
+            self.publish(busy);
+            if !busy {
+                self.view.store_locals()?;
+                self.wait()?;
+            }
+        }
+    }
+
+    fn commands(&mut self) -> Result<bool, CaptureError> {
+        loop {
+            match self.receiver.try_recv() {
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
+                Ok(command) => self.command(command)?,
+                Err(TryRecvError::Empty) => return Ok(true),
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        let mut until = now + Duration::from_millis(250);
+        if self.can_cut() {
+            until = self.sets.next_look(now).map_or(until, |at| at.min(until));
+        }
+        let left = until.saturating_duration_since(now);
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        let watch = self.watch.fd();
+        let mut fds = [PollFd::from_borrowed_fd(watch, PollFlags::IN), PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+        let mut counter = [0; 8];
+        let _ = rustix::io::read(&*self.wake, &mut counter);
+        Ok(())
+    }
+
+    fn timers(&mut self) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        let due: Vec<RelPath> = self.unreadable.iter().filter(|(_, (_, at))| *at <= now).map(|(path, _)| path.clone()).collect();
+        for path in due {
+            self.unreadable.insert(path.clone(), (String::new(), now + UNREADABLE_EVERY));
+            self.mark(&path, true, true, false);
+            self.scan.push(path);
+        }
+        if now.duration_since(self.writers_at) >= WRITERS_EVERY {
+            self.writers_at = now;
+            let open: Vec<RelPath> = self.writers.keys().cloned().collect();
+            for path in open {
+                self.check_writer(&path)?;
+            }
+        }
+        if let (Some(at), Some(every)) = (self.next_sweep, self.config.sweep)
+            && at <= now
+            && self.session.is_some()
+        {
+            self.next_sweep = Some(now + every);
+            self.scan.push(RelPath::root());
+        }
+        Ok(())
+    }
+
+    /// A file that was open for writing when last looked at: does it still have the ctime we know?
+    pub(super) fn check_writer(&mut self, path: &RelPath) -> Result<(), CaptureError> {
+        use twinbox_resync::rows::Rows;
+        let row = self.view.row(&self.sets.origin(path))?;
+        match self.root.stat(path) {
+            Ok(Some(stat)) if row.and_then(|row| row.local) == Some(tree::local(&stat)) => {}
+            Ok(Some(_)) => self.mark(path, true, false, false),
+            _ => {
+                self.writers.remove(path);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what is in the queue, without waiting.
+    pub(super) fn take_events(&mut self) -> Result<(), CaptureError> {
+        loop {
+            let mut events = std::mem::take(&mut self.events);
+            self.watch.read(&mut events)?;
+            let any = !events.is_empty();
+            for event in events.drain(..) {
+                self.event(&event)?;
+            }
+            self.events = events;
+            if !any {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Returns when everything completed before this call has been processed, and no rename is half out.
+    pub(super) fn boundary(&mut self) -> Result<(), CaptureError> {
+        loop {
+            self.until_cookie()?;
+            if self.halves.is_empty() {
+                return Ok(());
+            }
+            // A FROM without its TO: its rename may still be under way. Reading the source's directory waits for it.
+            let open: Vec<u32> = self.halves.keys().copied().collect();
+            for half in &open {
+                let parent = self.halves.get(half).and_then(|h| h.path.parent()).unwrap_or_default();
+                self.barrier(&parent);
+            }
+            self.until_cookie()?;
+            for half in open {
+                if let Some(half) = self.halves.remove(&half) {
+                    self.moved_out(&half);
+                }
+            }
+        }
+    }
+
+    fn until_cookie(&mut self) -> Result<(), CaptureError> {
+        let mut wanted = self.watch.cookie()?;
+        let mut overflows = self.summary.overflows;
+        loop {
+            let mut events = std::mem::take(&mut self.events);
+            self.watch.read(&mut events)?;
+            let (any, mut found) = (!events.is_empty(), false);
+            for event in events.drain(..) {
+                found |= self.watch.cookie_of(&event) == Some(wanted);
+                self.event(&event)?;
+            }
+            self.events = events;
+            if found {
+                return Ok(());
+            }
+            if self.summary.overflows != overflows {
+                // An overflow may have swallowed the cookie.
+                overflows = self.summary.overflows;
+                wanted = self.watch.cookie()?;
+            } else if !any {
+                let timeout = Timespec { tv_sec: 1, tv_nsec: 0 };
+                let _ = poll(&mut [PollFd::from_borrowed_fd(self.watch.fd(), PollFlags::IN)], Some(&timeout));
+            }
+        }
+    }
+
+    /// Reads a directory once: its lock waits for every change of names in progress there, whose events are then out.
+    pub(super) fn barrier(&self, dir: &RelPath) {
+        if let Ok(dir) = self.root.dir_for_reading(dir) {
+            let mut buffer = [std::mem::MaybeUninit::uninit(); 512];
+            let _ = rustix::fs::RawDir::new(dir.as_fd(), &mut buffer).next().map(|e| e.is_ok());
+        }
+    }
+
+    pub(super) fn group_of(&self, path: &RelPath, is_dir: bool) -> Group {
+        self.config.grouping.group_of(path.as_bytes(), is_dir).to_vec()
+    }
+
+    /// Marks a path dirty. `quiet`: a directory's own times, which never spoil a round.
+    pub(super) fn mark(&mut self, path: &RelPath, content: bool, scan: bool, quiet: bool) {
+        if self.collapsed {
+            return;
+        }
+        let group = self.group_of_marked(path);
+        self.sets.mark(&group, path, content, scan, quiet, Instant::now());
+        if self.sets.dirty_count() > self.config.dirty_max && (self.complete || self.session.is_none()) {
+            self.collapse();
+        }
+    }
+
+    /// The group of a path whose type we do not know for sure: a watched directory is one.
+    pub(super) fn group_of_marked(&self, path: &RelPath) -> Group {
+        let is_dir = self.watch.at(path).is_some();
+        self.group_of(path, is_dir)
+    }
+
+    fn collapse(&mut self) {
+        tracing::warn!(mirror = %self.config.name, paths = self.sets.dirty_count(), "too many changes to keep: the store will be compared instead");
+        self.sets.clear();
+        self.larges.clear();
+        self.scan.clear();
+        if self.session.is_some() {
+            // Too much for one cut: go on as in a first sync, in batches, and say so.
+            self.complete = false;
+            self.scan.push(RelPath::root());
+        } else {
+            self.collapsed = true;
+            self.compare = true;
+        }
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), CaptureError> {
+        if event.mask.contains(ReadFlags::QUEUE_OVERFLOW) {
+            self.summary.overflows += 1;
+            self.halves.clear();
+            if self.scan.restart() {
+                tracing::warn!(mirror = %self.config.name, "the kernel's event queue overflowed: comparing the whole store (fs.inotify.max_queued_events can be raised)");
+            }
+            return Ok(());
+        }
+        if self.watch.is_cookie_dir(event) {
+            return Ok(());
+        }
+        let gone = ReadFlags::MOVE_SELF | ReadFlags::DELETE_SELF | ReadFlags::UNMOUNT | ReadFlags::IGNORED;
+        if event.wd == self.watch.root() && event.mask.intersects(gone) {
+            return Err(CaptureError::RootGone { path: self.config.root.clone() });
+        }
+        if event.mask.contains(ReadFlags::IGNORED) {
+            self.watch.handle_ignored(event.wd);
+            return Ok(());
+        }
+        let Some(dir) = self.watch.path(event.wd) else { return Ok(()) };
+        if event.name.is_empty() {
+            if event.mask.contains(ReadFlags::ATTRIB) {
+                self.mark(&dir, false, false, true);
+            }
+            return Ok(());
+        }
+        let is_dir = event.mask.contains(ReadFlags::ISDIR);
+        let Some(path) = dir.join(&event.name) else { return Ok(()) };
+        let excluded = self.config.selection.excludes(path.as_bytes(), is_dir);
+        let names = ReadFlags::CREATE | ReadFlags::DELETE | ReadFlags::MOVED_FROM | ReadFlags::MOVED_TO;
+        if event.mask.intersects(names) {
+            self.mark(&dir, false, false, true);
+        }
+        if event.mask.contains(ReadFlags::MOVED_FROM) {
+            if !excluded {
+                self.mark(&path, false, false, false);
+            }
+            self.halves.insert(event.cookie, HalfRename { path, is_dir, excluded });
+        } else if event.mask.contains(ReadFlags::MOVED_TO) {
+            match self.halves.remove(&event.cookie) {
+                Some(half) => self.renamed(&half, &path, excluded),
+                None if excluded => {}
+                None => self.appeared(&path, is_dir),
+            }
+        } else if excluded {
+            // Never mirrored.
+        } else if event.mask.contains(ReadFlags::CREATE) {
+            self.appeared(&path, is_dir);
+        } else if event.mask.intersects(ReadFlags::MODIFY | ReadFlags::CLOSE_WRITE) {
+            self.mark(&path, true, false, false);
+        } else {
+            self.mark(&path, false, false, is_dir && event.mask.contains(ReadFlags::ATTRIB));
+        }
+        Ok(())
+    }
+
+    fn appeared(&mut self, path: &RelPath, is_dir: bool) {
+        self.mark(path, true, false, false);
+        if is_dir {
+            self.scan.push(path.clone());
+        }
+    }
+
+    fn renamed(&mut self, from: &HalfRename, to: &RelPath, to_excluded: bool) {
+        if to_excluded {
+            return self.moved_out(from);
+        }
+        if from.excluded {
+            return self.appeared(to, from.is_dir);
+        }
+        if from.is_dir
+            && let (Some(wd), Some(parent)) = (self.watch.at(&from.path), to.parent().and_then(|p| self.watch.at(&p)))
+        {
+            self.watch.place(wd, parent, to.name());
+        }
+        if !self.collapsed {
+            let groups = (self.group_of(&from.path, from.is_dir), self.group_of(to, from.is_dir));
+            self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now());
+            for (path, _) in self.larges.extract_if(|path, _| path.is_within(&from.path)).collect::<Vec<_>>() {
+                drop(path); // Belongs to an observation that is void now.
+            }
+        }
+        if from.is_dir {
+            self.scan.moved(&from.path, to);
+            self.scan.push(to.clone());
+        }
+    }
+
+    /// A name left the tree (or what is mirrored of it).
+    fn moved_out(&mut self, half: &HalfRename) {
+        if half.is_dir
+            && let Some(wd) = self.watch.at(&half.path)
+        {
+            self.watch.forget(wd);
+        }
+        if !half.excluded {
+            self.mark(&half.path, false, false, false);
+        }
+    }
+
+    pub(super) fn trouble(&mut self, message: String) {
+        self.summary.last_error = Some((SystemTime::now(), message));
+    }
+
+    fn fail(&mut self, why: &str) {
+        self.summary.failed = Some(why.to_owned());
+        self.trouble(why.to_owned());
+        self.summary.connected = false;
+        self.summary.protected = false;
+        self.session = None;
+        if let Ok(mut status) = self.handle.status.lock() {
+            *status = self.summary.clone();
+        }
+    }
+
+    fn publish(&mut self, busy: bool) {
+        let now = Instant::now();
+        if busy && now.duration_since(self.published_at) < Duration::from_millis(20) {
+            return;
+        }
+        self.published_at = now;
+        let last = self.outbox.last().lsn;
+        let oldest = [self.sets.oldest(), self.flights.front().map(|(_, since, _)| *since)].into_iter().flatten().min();
+        let up = self.session.is_some();
+        let was = self.summary.protected;
+        let waiting = self.outbox.in_flight().len();
+        let summary = &mut self.summary;
+        summary.connected = up;
+        summary.complete = self.complete;
+        summary.protected = up && self.complete;
+        if summary.protected {
+            summary.unprotected_since = None;
+        } else if was || summary.unprotected_since.is_none() {
+            summary.unprotected_since = Some(SystemTime::now());
+        }
+        let durable = self.flights.front().map_or(last, |(lsn, ..)| Lsn(lsn.0.saturating_sub(1)));
+        summary.lsn = (last, durable.min(last), self.applied.min(last));
+        summary.pending_paths = (self.sets.pending() + waiting) as u64 + u64::from(self.collapsed);
+        summary.pending_bytes = self.outbox.bytes_in_flight() as u64 + self.sets.groups().map(|(_, g)| g.bytes as u64).sum::<u64>();
+        summary.lag_ms = oldest.map_or(0, |since| now.duration_since(since).as_millis() as u64);
+        let proof = self.session.as_ref().map(|s| s.heard).or(self.proof);
+        summary.bound_ms = proof.map(|heard| (now.duration_since(heard).as_millis() as u64).max(summary.lag_ms));
+        summary.watches = self.watch.len();
+        summary.scanning = !self.scan.is_done();
+        summary.scanned = self.scan.looked_at();
+        summary.unreadable = self.unreadable.iter().map(|(path, (why, _))| (path.clone(), why.clone())).collect();
+        if !self.latencies.is_empty() {
+            let mut sorted: Vec<u32> = self.latencies.iter().copied().collect();
+            sorted.sort_unstable();
+            summary.durable_us = (u64::from(sorted[sorted.len() / 2]), u64::from(sorted[sorted.len() * 99 / 100]));
+        }
+        if let Ok(mut status) = self.handle.status.lock() {
+            *status = summary.clone();
+        }
+    }
+}
+
+/// Seconds since 1970, for names of files set aside.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Nanoseconds since 1970.
+#[must_use]
+pub fn wall_ns() -> i64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    now.tv_sec * 1_000_000_000 + now.tv_nsec
+}

@@ -1,0 +1,174 @@
+//! What the capture thread is told and what it tells: its only doors.
+//!
+//! Commands come through an unbounded queue, but each sender waits for an answer or is bounded by the in-flight window; a byte in an eventfd wakes the thread.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use tokio::sync::{mpsc, oneshot};
+use twinbox_protocol::digest::Digest;
+use twinbox_protocol::entry::Entry;
+use twinbox_protocol::hello::Refusal;
+use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::msg::{BulkItem, Hello, Position, Welcome};
+use twinbox_protocol::path::RelPath;
+
+use super::bulk::BulkResult;
+
+/// What the link does next, after the capture compared memories.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Ask for manifest rows.
+    Pull(Option<Lsn>),
+    /// Begin the log after this position; `reset` when the standby must take it over as its own.
+    Begin {
+        /// Where.
+        from: Position,
+        /// Both manifests were just made equal; the log starts anew.
+        reset: bool,
+    },
+}
+
+/// To the link task of the session.
+#[derive(Debug)]
+pub enum ToLink {
+    /// Bodies of one txn's frames, to be flushed together.
+    Txn(Vec<Vec<u8>>),
+    /// The content asked for is gone.
+    Gone(ContentHash),
+    /// Everything up to here is in the primary's own manifest.
+    Stored(Lsn),
+}
+
+/// To the link task of the session, on the bulk queue.
+#[derive(Debug)]
+pub enum BulkMessage {
+    /// The next item of object `id`; the first opens its stream.
+    Item(u64, BulkItem),
+    /// The object cannot be finished: reset its stream.
+    Abort(u64),
+}
+
+/// Commands to the capture thread.
+#[derive(Debug)]
+pub enum Command {
+    /// A session is being opened: what do we say?
+    Hello(oneshot::Sender<Hello>),
+    /// What the standby answered.
+    Welcome(Box<Welcome>, oneshot::Sender<Result<Step, Refusal>>),
+    /// Rows of a pull.
+    Rows(Vec<(RelPath, Option<Entry>)>),
+    /// End of a pull.
+    RowsEnd(Position, Digest, oneshot::Sender<Result<Step, Refusal>>),
+    /// The log may flow.
+    Up {
+        /// Tells sessions apart.
+        id: u64,
+        /// Txns.
+        out: mpsc::UnboundedSender<ToLink>,
+        /// Bulk objects.
+        bulk: mpsc::Sender<BulkMessage>,
+        /// The standby's node.
+        peer: String,
+    },
+    /// The session is over.
+    Down(u64),
+    /// From the standby.
+    Durable(Lsn),
+    /// From the standby.
+    Applied(Lsn),
+    /// From the standby.
+    Staged(ContentHash),
+    /// From the standby.
+    Miss(ContentHash),
+    /// From the bulk thread.
+    Bulk(Box<BulkResult>),
+    /// Answer when everything that is dirty now is applied on the standby.
+    Sync(oneshot::Sender<()>),
+    /// Other exclusions.
+    Reselect(Box<(crate::layout::Selection, crate::layout::Grouping)>),
+    /// End. Sends nothing more.
+    Stop,
+}
+
+/// A published summary.
+#[derive(Clone, Debug, Default)]
+pub struct CaptureStatus {
+    /// A session is up and the first sync is complete.
+    pub protected: bool,
+    /// A session is up.
+    pub connected: bool,
+    /// The first sync is complete.
+    pub complete: bool,
+    /// Last LSN issued, last durable, last applied.
+    pub lsn: (Lsn, Lsn, Lsn),
+    /// Paths not yet durable on the standby.
+    pub pending_paths: u64,
+    /// Their bytes, as far as read.
+    pub pending_bytes: u64,
+    /// Age of the oldest change not durable, in ms.
+    pub lag_ms: u64,
+    /// Age of the last proof that the pipeline works (an acknowledgement with nothing older pending), in ms; `None` before the first.
+    pub bound_ms: Option<u64>,
+    /// Directories watched.
+    pub watches: u64,
+    /// Overflows of the kernel's queue since start.
+    pub overflows: u64,
+    /// Paths that could not be read, and why.
+    pub unreadable: BTreeMap<RelPath, String>,
+    /// Since when unprotected.
+    pub unprotected_since: Option<SystemTime>,
+    /// Txns issued.
+    pub txns: u64,
+    /// Files whose content or metadata travelled.
+    pub files: u64,
+    /// Bytes of captured content.
+    pub bytes: u64,
+    /// Entries looked at by the running comparison; 0 when none runs.
+    pub scanned: u64,
+    /// A comparison runs.
+    pub scanning: bool,
+    /// Last thing that went wrong.
+    pub last_error: Option<(SystemTime, String)>,
+    /// Rounds that were spoiled.
+    pub spoiled_rounds: u64,
+    /// Why the mirror ended, if it did.
+    pub failed: Option<String>,
+    /// Median and 99th percentile of capture ▶ durable over the last 1,000 txns, in µs.
+    pub durable_us: (u64, u64),
+}
+
+/// Speaks to a capture thread.
+#[derive(Clone)]
+pub struct CaptureHandle {
+    pub(super) commands: Sender<Command>,
+    pub(super) wake: Arc<OwnedFd>,
+    pub(super) status: Arc<Mutex<CaptureStatus>>,
+}
+
+impl CaptureHandle {
+    /// Gives a command; `false` when the thread has ended.
+    pub fn send(&self, command: Command) -> bool {
+        let sent = self.commands.send(command).is_ok();
+        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes()); // Full means: it will wake anyway.
+        sent
+    }
+
+    /// Gives a command that answers; `None` when the thread has ended.
+    pub async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        if !self.send(command(reply)) {
+            return None;
+        }
+        answer.await.ok()
+    }
+
+    /// The last published summary.
+    #[must_use]
+    pub fn status(&self) -> CaptureStatus {
+        self.status.lock().map(|s| s.clone()).unwrap_or_default()
+    }
+}

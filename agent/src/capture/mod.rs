@@ -1,0 +1,18 @@
+//! The primary's side of a mirror: sees changes, takes cuts, hands transactions to the link.
+//!
+//! One thread owns everything here (`engine`); `watch` is the kernel's queue and the directory tree, `dirty` what may differ, `look` one stable look at one path,
+//! `scan` compares listings with the manifest, `cut` takes rounds and commits, `session` follows the standby, `bulk` reads large files on a thread of its own.
+
+pub mod bulk;
+mod cut;
+pub mod dirty;
+pub mod engine;
+pub mod look;
+pub mod messages;
+mod recent;
+mod scan;
+mod session;
+pub mod watch;
+
+pub use engine::{Capture, CaptureConfig, CaptureError};
+pub use messages::{CaptureHandle, CaptureStatus, Command, Step, ToLink};

@@ -1,0 +1,253 @@
+//! Comparing listings with the manifest: which directories are to be looked at, one piece at a time.
+//!
+//! Watch first, list then: an entry made before the watch is in the listing, one made after it raises an event. Nothing commits while a comparison runs (first sync aside).
+
+use std::os::fd::AsFd;
+
+use rustix::fs::{self as rfs, AtFlags, FileType};
+use rustix::io::Errno;
+use twinbox_protocol::entry::Kind;
+use twinbox_protocol::path::RelPath;
+use twinbox_resync::rows::{Row, Rows};
+
+use super::engine::{CaptureError, Engine};
+use crate::tree::{self, Listed};
+
+/// Entries compared in one turn: about 2 ms, so that events are taken often.
+const PIECE: usize = 1000;
+
+/// A directory being compared.
+struct Listing {
+    dir: RelPath,
+    origin: RelPath,
+    fd: std::os::fd::OwnedFd,
+    names: std::vec::IntoIter<Listed>,
+    rows: std::iter::Peekable<std::vec::IntoIter<(Vec<u8>, Row)>>,
+}
+
+/// Directories still to be compared.
+#[derive(Default)]
+pub(super) struct Scan {
+    stack: Vec<RelPath>,
+    open: Option<Listing>,
+    looked_at: u64,
+}
+
+impl Scan {
+    /// A directory is to be compared, with everything below it.
+    pub(super) fn push(&mut self, dir: RelPath) {
+        if self.stack.last() != Some(&dir) {
+            self.stack.push(dir);
+        }
+    }
+
+    /// Everything is to be compared; `false` when that was so already and nothing of it was done.
+    pub(super) fn restart(&mut self) -> bool {
+        let fresh = self.open.is_some() || self.stack.first().is_none_or(|d| !d.is_root());
+        self.clear();
+        self.stack.push(RelPath::root());
+        fresh
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.stack.clear();
+        self.open = None;
+        self.looked_at = 0;
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.stack.is_empty() && self.open.is_none()
+    }
+
+    pub(super) fn looked_at(&self) -> u64 {
+        self.looked_at
+    }
+
+    /// A directory moved: what is still to be compared below it moved along, and what was half compared begins anew.
+    pub(super) fn moved(&mut self, from: &RelPath, to: &RelPath) {
+        if let Some(open) = self.open.take_if(|open| open.dir.is_within(from) || open.dir.is_within(to)) {
+            self.stack.push(open.dir);
+        }
+        for dir in &mut self.stack {
+            if let Some(moved) = dir.rebase(from, to) {
+                *dir = moved;
+            }
+        }
+    }
+}
+
+impl Engine {
+    /// Watches every directory below the root, without comparing (that is done when the standby is there).
+    pub(super) fn watch_everything(&mut self) -> Result<(), CaptureError> {
+        let mut stack = vec![RelPath::root()];
+        while let Some(dir) = stack.pop() {
+            let Some((_, names)) = self.open_and_watch(&dir)? else { continue };
+            for item in names {
+                let Some(path) = dir.join(&item.name) else { continue };
+                if item.kind == FileType::Directory && !self.config.selection.excludes(path.as_bytes(), true) {
+                    stack.push(path);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens, watches, then lists. `None`: not there, or not readable (noted).
+    fn open_and_watch(&mut self, dir: &RelPath) -> Result<Option<(std::os::fd::OwnedFd, Vec<Listed>)>, CaptureError> {
+        let fd = match self.root.dir_for_reading(dir) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => return Ok(None),
+            Err(error) => {
+                self.cannot_read(dir, error);
+                return Ok(None);
+            }
+        };
+        let wd = self.watch.add(fd.as_fd())?;
+        if !dir.is_root() {
+            let parent = dir.parent().unwrap_or_default();
+            match self.watch.at(&parent) {
+                Some(parent) => self.watch.place(wd, parent, dir.name()),
+                // Its own directory is not known to us (any more): the events that explain it are still to come, and bring it back here.
+                None => self.scan.push(parent),
+            }
+        }
+        match tree::list(fd.as_fd()) {
+            Ok(mut names) => {
+                self.unreadable.remove(dir);
+                names.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+                Ok(Some((fd, names)))
+            }
+            Err(Errno::NOENT) => Ok(None),
+            Err(error) => {
+                self.cannot_read(dir, error);
+                Ok(None)
+            }
+        }
+    }
+
+    pub(super) fn cannot_read(&mut self, path: &RelPath, error: Errno) {
+        let why = std::io::Error::from(error).to_string();
+        let at = std::time::Instant::now() + super::engine::UNREADABLE_EVERY;
+        if self.unreadable.insert(path.clone(), (why.clone(), at)).is_none() {
+            tracing::warn!(mirror = %self.config.name, error = %why, "a path cannot be read; the rest goes on, it is tried again (see status)");
+            tracing::debug!(path = %path, "unreadable");
+            self.trouble(format!("cannot read {path}: {why}; give the agent permission, it tries again by itself"));
+        }
+    }
+
+    /// Compares a piece; `true` when it did something.
+    pub(super) fn scan_some(&mut self) -> Result<bool, CaptureError> {
+        if self.scan.is_done() {
+            self.scan.looked_at = 0;
+            return Ok(false);
+        }
+        if !self.complete && (self.session.is_none() || self.sets.dirty_count() >= 2 * PIECE) {
+            return Ok(false); // First sync: as fast as it is shipped, so that memory stays bounded.
+        }
+        let mut left = PIECE;
+        while left > 0 {
+            let Some(mut listing) = self.scan.open.take() else {
+                let Some(dir) = self.scan.stack.pop() else { break };
+                left = left.saturating_sub(10);
+                self.open_listing(dir)?;
+                continue;
+            };
+            let mut ended = false;
+            while left > 0 {
+                left -= 1;
+                match listing.names.next() {
+                    Some(item) => self.compare_item(&mut listing, &item)?,
+                    None => {
+                        ended = true;
+                        break;
+                    }
+                }
+            }
+            if ended {
+                for (name, _) in listing.rows {
+                    self.compare_gone(&listing.dir, &name);
+                }
+            } else {
+                self.scan.open = Some(listing);
+            }
+        }
+        Ok(true)
+    }
+
+    fn open_listing(&mut self, dir: RelPath) -> Result<(), CaptureError> {
+        let Some((fd, names)) = self.open_and_watch(&dir)? else {
+            if !self.unreadable.contains_key(&dir) {
+                self.mark(&dir, false, true, false);
+            }
+            return Ok(());
+        };
+        let origin = self.sets.origin(&dir);
+        let stat = rfs::fstat(&fd).map_err(std::io::Error::from)?;
+        let row = self.view.row(&origin)?;
+        let same = row.as_ref().is_some_and(|row| row.local == Some(tree::local(&stat)) && row.entry.mtime == tree::mtime(&stat));
+        if !same {
+            self.mark(&dir, false, true, true);
+        }
+        let rows = self.view.children(&origin)?.into_iter().peekable();
+        self.scan.open = Some(Listing { dir, origin, fd, names: names.into_iter(), rows });
+        Ok(())
+    }
+
+    fn compare_item(&mut self, listing: &mut Listing, item: &Listed) -> Result<(), CaptureError> {
+        while let Some((name, _)) = listing.rows.next_if(|(name, _)| *name < item.name) {
+            self.compare_gone(&listing.dir, &name);
+        }
+        let row = listing.rows.next_if(|(name, _)| *name == item.name).map(|(_, row)| row);
+        let Some(path) = listing.dir.join(&item.name) else { return Ok(()) };
+        self.scan.looked_at += 1;
+        let stat = match rfs::statat(&listing.fd, item.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => {
+                self.mark(&path, false, true, false);
+                return Ok(());
+            }
+            Err(error) => {
+                self.cannot_read(&path, error);
+                return Ok(());
+            }
+        };
+        let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        if self.config.selection.excludes(path.as_bytes(), is_dir) {
+            if row.is_some() {
+                self.mark(&path, false, true, false);
+            }
+            return Ok(());
+        }
+        if is_dir {
+            // Its own listing compares it.
+            self.scan.push(path.clone());
+            if row.is_none_or(|row| !row.entry.is_dir()) {
+                self.mark(&path, false, true, false);
+            }
+            return Ok(());
+        }
+        // A name moved into or out of this place by a rename we saw is dirty already; its row is elsewhere.
+        let row = if self.sets.origin(&path) == listing.origin.join(&item.name).unwrap_or_default() { row } else { None };
+        if row.is_none_or(|row| !unchanged(&row, &stat)) {
+            self.mark(&path, false, true, false);
+        }
+        Ok(())
+    }
+
+    fn compare_gone(&mut self, dir: &RelPath, name: &[u8]) {
+        if let Some(path) = dir.join(name) {
+            self.mark(&path, false, true, false);
+        }
+    }
+}
+
+/// Whether a file's stat says that nothing of it changed since its row was made here.
+fn unchanged(row: &Row, stat: &rfs::Stat) -> bool {
+    let file = matches!(row.entry.kind, Kind::File { .. }) && FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    row.local == Some(tree::local(stat))
+        && row.entry.mtime == tree::mtime(stat)
+        && (!file || row.entry.size() == stat.st_size as u64)
+        && row.entry.mode == stat.st_mode & 0o7777
+        && row.entry.uid == stat.st_uid
+        && row.entry.gid == stat.st_gid
+}
