@@ -132,6 +132,8 @@ pub enum ToStandby {
     Begin {
         /// The first txn will name this as its predecessor.
         from: Position,
+        /// Both manifests were just made equal: take `from` over as the durable position, and this primary's generation as the history.
+        reset: bool,
     },
     /// Still here.
     Heartbeat {

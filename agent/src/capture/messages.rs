@@ -84,6 +84,8 @@ pub enum Command {
     Staged(ContentHash),
     /// From the standby.
     Miss(ContentHash),
+    /// A heartbeat came back.
+    Heard,
     /// From the bulk thread.
     Bulk(Box<BulkResult>),
     /// Answer when everything that is dirty now is applied on the standby.

@@ -86,6 +86,7 @@ impl Engine {
                 (self.config.selection, self.config.grouping) = *choice;
                 self.scan.push(RelPath::root());
             }
+            Command::Heard => self.heard(),
             Command::Stop => {}
         }
         Ok(())

@@ -1,0 +1,326 @@
+//! The waiting side: serves whatever pinned peers open, and routes each stream to its mirror's standby.
+//!
+//! A control stream (bidirectional) is one mirror's session; log and bulk streams (unidirectional) name the mirror they belong to and are refused without a session. A peer that breaks the
+//! protocol loses its own connection and nothing else.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use twinbox_protocol::PROTOCOL_VERSION;
+use twinbox_protocol::chunk::CHUNKER;
+use twinbox_protocol::codec::{CONTROL_MAX, LOG_FRAME_MAX, decode};
+use twinbox_protocol::ids::Incarnation;
+use twinbox_protocol::msg::{BulkItem, Hello, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
+use twinbox_resync::node::{MirrorState, NodeState, Role};
+
+use super::zstream::Expander;
+use crate::capture::engine::wall_ns;
+use crate::net::{CloseCode, FrameReader, Incoming, close, read_frame, write_frame};
+use crate::standby::{Session, StandbyHandle};
+
+/// A peer that opened a stream says what it is within this time.
+const HEAD_WITHIN: Duration = Duration::from_secs(10);
+/// Bytes read from a stream at a time.
+const READ: usize = 16 * 1024;
+
+/// A mirror this node is standby of.
+pub struct Served {
+    /// Its standby.
+    pub handle: StandbyHandle,
+    /// What the last primary said of itself, for status.
+    pub seen: Mutex<Seen>,
+}
+
+/// The primary as this standby sees it.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// Node, version, clock difference in ms; while connected.
+    pub peer: Option<(String, String, i64)>,
+    /// Histories disagree: why.
+    pub diverged: Option<String>,
+    /// Newest position the primary spoke of.
+    pub connected: bool,
+}
+
+/// All mirrors served here.
+pub struct Server {
+    /// This node's name.
+    pub node: String,
+    /// This run.
+    pub incarnation: Incarnation,
+    /// `<state>`.
+    pub state_dir: std::path::PathBuf,
+    /// By mirror name.
+    pub mirrors: HashMap<String, Arc<Served>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error("{0}")]
+    Connection(#[from] quinn::ConnectionError),
+    #[error("{0}")]
+    Frame(#[from] crate::net::FrameError),
+    #[error("{0}")]
+    Read(#[from] quinn::ReadError),
+    #[error("{0}")]
+    Standby(#[from] crate::standby::StandbyError),
+    #[error("{0}")]
+    Expand(#[from] super::zstream::ExpandError),
+    #[error("{0}")]
+    Decode(#[from] twinbox_protocol::codec::DecodeError),
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("{0}")]
+    State(#[from] twinbox_resync::schema::StateError),
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(&'static str),
+}
+
+type Sessions = Arc<Mutex<HashMap<String, Arc<Session>>>>;
+
+impl Server {
+    /// Serves one connection until it ends.
+    pub async fn serve(self: Arc<Self>, incoming: Incoming) {
+        let sessions = Sessions::default();
+        let connection = incoming.connection;
+        loop {
+            tokio::select! {
+                stream = connection.accept_bi() => {
+                    let Ok((send, recv)) = stream else { return };
+                    let (server, sessions, connection, node) = (self.clone(), sessions.clone(), connection.clone(), incoming.node.clone());
+                    tokio::spawn(async move {
+                        if let Err(error) = server.control(&node, send, recv, &sessions).await {
+                            tracing::warn!(peer = %node, %error, "session ended");
+                            if matches!(error, ServeError::Protocol(_) | ServeError::Decode(_) | ServeError::Expand(_)) {
+                                close(&connection, CloseCode::Protocol, "protocol");
+                            }
+                        }
+                    });
+                }
+                stream = connection.accept_uni() => {
+                    let Ok(recv) = stream else { return };
+                    let (sessions, connection, node) = (sessions.clone(), connection.clone(), incoming.node.clone());
+                    tokio::spawn(async move {
+                        if let Err(error) = data(recv, &sessions).await {
+                            tracing::debug!(peer = %node, %error, "stream ended");
+                            if matches!(error, ServeError::Protocol(_) | ServeError::Decode(_) | ServeError::Expand(_)) {
+                                close(&connection, CloseCode::Protocol, "protocol");
+                            }
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    async fn control(
+        &self,
+        peer: &str,
+        mut send: quinn::SendStream,
+        recv: quinn::RecvStream,
+        sessions: &Sessions,
+    ) -> Result<(), ServeError> {
+        let mut control = FrameReader::<ToStandby>::new(recv, CONTROL_MAX);
+        let first = timeout(HEAD_WITHIN, control.next()).await.map_err(|_| ServeError::Protocol("no hello"))??;
+        let Some(ToStandby::Hello(hello)) = first else { return Err(ServeError::Protocol("no hello first")) };
+        let refuse = |code, message: String| ToPrimary::Refuse { code, message };
+        let Some(served) = self.mirrors.get(&hello.mirror) else {
+            let message = format!("node `{}` is not standby of a mirror named `{}`: check [[mirror]] in its configuration", self.node, hello.mirror);
+            write_frame(&mut send, &refuse(RefuseCode::NoSuchMirror, message)).await?;
+            let _ = send.finish();
+            return Ok(());
+        };
+        let skew = (hello.wall_ns - wall_ns()) / 1_000_000;
+        if skew.abs() > 1000 {
+            tracing::warn!(peer, skew_ms = skew, "the primary's clock differs from ours: set both by NTP");
+        }
+        let replica = match self.replica(&hello, served).await {
+            Ok(replica) => replica,
+            Err((code, message)) => {
+                tracing::error!(peer, %message, "session refused");
+                write_frame(&mut send, &refuse(code, message)).await?;
+                let _ = send.finish();
+                return Ok(());
+            }
+        };
+        let welcome = Welcome {
+            protocol: PROTOCOL_VERSION,
+            software: env!("CARGO_PKG_VERSION").into(),
+            node: self.node.clone(),
+            incarnation: self.incarnation,
+            chunker: CHUNKER.into(),
+            replica,
+            wall_ns: wall_ns(),
+        };
+        write_frame(&mut send, &ToPrimary::Welcome(welcome)).await?;
+
+        let (out, mut words) = mpsc::unbounded_channel();
+        let mut session: Option<Arc<Session>> = None;
+        let result = loop {
+            let failed = async {
+                match &session {
+                    Some(session) => session.failed().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                error = failed => break Err(error.into()),
+                word = words.recv() => {
+                    if let Some(word) = word {
+                        write_frame(&mut send, &word).await?;
+                    }
+                }
+                message = control.next() => {
+                    let message = match message {
+                        Ok(Some(message)) => message,
+                        Ok(None) => break Ok(()),
+                        Err(error) => break Err(error.into()),
+                    };
+                    match message {
+                        ToStandby::Heartbeat { seq, wall_ns: theirs, stored } => {
+                            if let Some(session) = &session {
+                                session.stored(stored);
+                            }
+                            if let Ok(mut seen) = served.seen.lock() {
+                                seen.connected = session.is_some();
+                                seen.peer = Some((peer.into(), hello.software.clone(), (theirs - wall_ns()) / 1_000_000));
+                            }
+                            write_frame(&mut send, &ToPrimary::Heartbeat { seq, wall_ns: wall_ns() }).await?;
+                        }
+                        ToStandby::Pull { since } if session.is_none() => {
+                            let (rows, mut batches) = mpsc::channel(4);
+                            let handle = served.handle.clone();
+                            let pull = tokio::spawn(async move { handle.pull(since, rows).await });
+                            while let Some(batch) = batches.recv().await {
+                                write_frame(&mut send, &batch).await?;
+                            }
+                            match pull.await {
+                                Ok(done) => done?,
+                                Err(_) => break Err(ServeError::Protocol("pull was cut short")),
+                            }
+                        }
+                        ToStandby::Begin { from, reset } if session.is_none() => {
+                            if reset {
+                                self.adopt_history(&hello, served)?;
+                            }
+                            let begun = served.handle.begin(from, reset, out.clone()).await?;
+                            let begun = Arc::new(begun);
+                            if let Ok(mut all) = sessions.lock() {
+                                all.insert(hello.mirror.clone(), begun.clone());
+                            }
+                            session = Some(begun);
+                            if let Ok(mut seen) = served.seen.lock() {
+                                *seen = Seen { peer: Some((peer.into(), hello.software.clone(), skew)), diverged: None, connected: true };
+                            }
+                            tracing::info!(mirror = %hello.mirror, peer, lsn = %from.lsn, "primary connected");
+                            write_frame(&mut send, &ToPrimary::Begun).await?;
+                        }
+                        ToStandby::Gone { hash } => {
+                            if let Some(session) = &session {
+                                session.gone(hash);
+                            }
+                        }
+                        _ => break Err(ServeError::Protocol("out of turn")),
+                    }
+                }
+            }
+        };
+        if let Some(session) = session {
+            if let Ok(mut all) = sessions.lock()
+                && all.get(&hello.mirror).is_some_and(|s| Arc::ptr_eq(s, &session))
+            {
+                all.remove(&hello.mirror);
+            }
+            if let Ok(mut seen) = served.seen.lock() {
+                seen.connected = false;
+            }
+        }
+        if let Err(error) = &result {
+            let _ = write_frame(&mut send, &ToPrimary::Refuse { code: RefuseCode::Failed, message: error.to_string() }).await;
+            let _ = send.finish();
+        }
+        result
+    }
+
+    async fn replica(&self, hello: &Hello, served: &Served) -> Result<Replica, (RefuseCode, String)> {
+        let failed = |error: &dyn std::fmt::Display| (RefuseCode::Failed, error.to_string());
+        if hello.protocol != PROTOCOL_VERSION || hello.chunker != CHUNKER {
+            let message = format!(
+                "primary runs twinbox {} (protocol {}), standby {} (protocol {PROTOCOL_VERSION}): install the same version on both",
+                hello.software,
+                hello.protocol,
+                env!("CARGO_PKG_VERSION")
+            );
+            return Err((RefuseCode::Version, message));
+        }
+        let state = NodeState::open(&self.state_dir).and_then(|node| node.mirror(&hello.mirror)).map_err(|e| failed(&e))?;
+        if let Some(state) = &state {
+            if state.role == Role::Primary {
+                let message = format!("node `{}` is itself primary of mirror `{}`; two primaries are never joined", self.node, hello.mirror);
+                return Err((RefuseCode::Diverged, message));
+            }
+            if state.generation != hello.generation {
+                let why = format!(
+                    "the replica on node `{}` follows generation {}, the primary `{}` writes {}: histories differ, nothing was changed",
+                    self.node, state.generation, hello.node, hello.generation
+                );
+                if let Ok(mut seen) = served.seen.lock() {
+                    seen.diverged = Some(why.clone());
+                }
+                return Err((RefuseCode::Diverged, why));
+            }
+        }
+        served.handle.replica(hello).await.map_err(|refusal| (refusal.code, refusal.message))
+    }
+
+    /// The replica is this primary's from now on: remember its history before anything of it is written.
+    fn adopt_history(&self, hello: &Hello, served: &Served) -> Result<(), ServeError> {
+        let node = NodeState::open(&self.state_dir)?;
+        let known = node.mirror(&hello.mirror)?;
+        let state = MirrorState {
+            mirror_id: hello.mirror_id,
+            role: Role::Standby,
+            generation: hello.generation,
+            epoch: hello.epoch,
+            digest_key: hello.digest_key,
+            reserved: known.as_ref().map_or_else(Default::default, |s| s.reserved),
+            complete: known.is_some_and(|s| s.complete),
+        };
+        node.set_mirror(&hello.mirror, &state)?;
+        served.handle.set_known(state);
+        Ok(())
+    }
+}
+
+/// One log or bulk stream.
+async fn data(mut recv: quinn::RecvStream, sessions: &Sessions) -> Result<(), ServeError> {
+    let head = timeout(HEAD_WITHIN, read_frame::<StreamHead>(&mut recv, 4096)).await.map_err(|_| ServeError::Protocol("silent stream"))??;
+    let (StreamHead::Log { mirror } | StreamHead::Bulk { mirror, .. }) = &head;
+    let session = sessions.lock().ok().and_then(|all| all.get(mirror).cloned());
+    let Some(session) = session else {
+        let _ = recv.stop(1u32.into());
+        return Ok(()); // The session ended while the stream was on its way.
+    };
+    let bulk = matches!(head, StreamHead::Bulk { .. });
+    let mut expander = Expander::new(LOG_FRAME_MAX)?;
+    let mut object = if bulk { Some(session.object()?) } else { None };
+    let mut buffer = vec![0; READ];
+    while let Some(n) = recv.read(&mut buffer).await? {
+        let mut bodies = vec![];
+        expander.take(&buffer[..n], |body| bodies.push(body))?;
+        for body in bodies {
+            match &mut object {
+                None => session.frame(body).await?,
+                Some(object) => {
+                    if object.item(decode::<BulkItem>(&body, LOG_FRAME_MAX)?).await? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

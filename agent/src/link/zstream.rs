@@ -1,0 +1,159 @@
+//! One zstd stream of length-prefixed frames, flushed where the writer says, and its reader that never holds more than one frame.
+//!
+//! The window is 8 MiB with long-distance matching: thousands of similar headers, and a message delivered to many mailboxes, compress against each other. The decoder refuses larger windows and expands at most
+//! [`STEP`] bytes at a time, so a hostile peer cannot make it allocate.
+
+use zstd::stream::raw::{CParameter, DParameter, Decoder, InBuffer, Operation, OutBuffer};
+use zstd::stream::write::Encoder;
+
+use twinbox_protocol::codec::DecodeError;
+
+/// log2 of the window.
+const WINDOW_LOG: u32 = 23;
+/// Bytes expanded at a time.
+const STEP: usize = 128 * 1024;
+/// Level 1 to 3 cost little more than copying; 3 is where mail text stops gaining.
+const LEVEL: i32 = 3;
+
+/// The writing end.
+pub struct Compressor {
+    encoder: Encoder<'static, Vec<u8>>,
+}
+
+impl Compressor {
+    /// A new stream. `long`: for the log, whose repetitions are far apart.
+    ///
+    /// # Errors
+    /// zstd's (out of memory).
+    pub fn new(long: bool) -> std::io::Result<Self> {
+        let mut encoder = Encoder::new(vec![], LEVEL)?;
+        if long {
+            encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
+            encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
+        }
+        Ok(Compressor { encoder })
+    }
+
+    /// Adds a frame.
+    ///
+    /// # Errors
+    /// zstd's.
+    pub fn frame(&mut self, body: &[u8]) -> std::io::Result<()> {
+        use std::io::Write;
+        self.encoder.write_all(&(body.len() as u32).to_le_bytes())?;
+        self.encoder.write_all(body)
+    }
+
+    /// Everything added so far, as bytes the reader can expand wholly.
+    ///
+    /// # Errors
+    /// zstd's.
+    pub fn flush(&mut self) -> std::io::Result<Vec<u8>> {
+        use std::io::Write;
+        self.encoder.flush()?;
+        Ok(std::mem::take(self.encoder.get_mut()))
+    }
+}
+
+/// The reading end.
+pub struct Expander {
+    decoder: Decoder<'static>,
+    out: Vec<u8>,
+    frame: Vec<u8>,
+    max: usize,
+}
+
+/// Why a compressed stream cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExpandError {
+    /// Not zstd, or a window larger than agreed.
+    #[error("compressed stream: {0}")]
+    Zstd(#[from] std::io::Error),
+    /// A frame is too large.
+    #[error(transparent)]
+    Frame(#[from] DecodeError),
+}
+
+impl Expander {
+    /// Reads frames of at most `max` bytes.
+    ///
+    /// # Errors
+    /// zstd's (out of memory).
+    pub fn new(max: usize) -> std::io::Result<Self> {
+        let mut decoder = Decoder::new()?;
+        decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG))?;
+        Ok(Expander { decoder, out: vec![0; STEP], frame: vec![], max })
+    }
+
+    /// Takes the next compressed bytes; gives the bodies that are complete. The caller passes at most some KiB at a time.
+    ///
+    /// # Errors
+    /// [`ExpandError`]: the stream is of no use after it.
+    pub fn take(&mut self, bytes: &[u8], mut sink: impl FnMut(Vec<u8>)) -> Result<(), ExpandError> {
+        let mut input = InBuffer::around(bytes);
+        loop {
+            let mut output = OutBuffer::around(&mut self.out[..]);
+            self.decoder.run(&mut input, &mut output)?;
+            let produced = output.pos();
+            let mut rest = &self.out[..produced];
+            while !rest.is_empty() {
+                let need = if self.frame.len() < 4 {
+                    4
+                } else {
+                    let len = u32::from_le_bytes([self.frame[0], self.frame[1], self.frame[2], self.frame[3]]) as usize;
+                    if len > self.max {
+                        return Err(DecodeError::TooLarge { len, max: self.max }.into());
+                    }
+                    4 + len
+                };
+                let n = (need - self.frame.len()).min(rest.len());
+                self.frame.extend_from_slice(&rest[..n]);
+                rest = &rest[n..];
+                if need > 4 && self.frame.len() == need {
+                    let body = self.frame.split_off(4);
+                    self.frame.clear();
+                    sink(body);
+                } else if self.frame.len() == 4 && self.frame == [0; 4] {
+                    self.frame.clear();
+                    sink(vec![]);
+                }
+            }
+            if input.pos() == bytes.len() && produced < STEP {
+                return Ok(());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_come_out_as_they_went_in_whatever_the_pieces() {
+        let frames: Vec<Vec<u8>> = [0usize, 1, 3, 100, 70_000, 1_000_000].iter().map(|n| (0..*n).map(|i| (i % 251) as u8).collect()).collect();
+        for step in [1usize, 7, 4096] {
+            let mut compressor = Compressor::new(true).unwrap();
+            let mut bytes = vec![];
+            for frame in &frames {
+                compressor.frame(frame).unwrap();
+                bytes.extend(compressor.flush().unwrap());
+            }
+            let (mut expander, mut got) = (Expander::new(1 << 20).unwrap(), vec![]);
+            bytes.chunks(step).for_each(|c| expander.take(c, |f| got.push(f)).unwrap());
+            assert!(got == frames, "by {step}");
+        }
+    }
+
+    #[test]
+    fn a_bomb_is_refused_before_it_is_held() {
+        let mut compressor = Compressor::new(false).unwrap();
+        compressor.frame(&vec![0; 64 << 20]).unwrap();
+        let bytes = compressor.flush().unwrap();
+        let mut expander = Expander::new(1 << 20).unwrap();
+        assert!(bytes.chunks(4096).any(|c| expander.take(c, |_| {}).is_err()));
+        assert!(expander.frame.capacity() < 2 << 20);
+        assert!(Expander::new(1).unwrap().take(b"not zstd at all", |_| {}).is_err());
+    }
+}

@@ -1,0 +1,466 @@
+//! What a node runs for its mirrors: a capture for each it is primary of, a standby for each it is standby of, and the links between.
+//!
+//! Owns every part; dropping it ends them in order. Does not read configuration files or speak to operators.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::task::JoinHandle;
+use twinbox_protocol::digest::DigestKey;
+use twinbox_protocol::ids::{Epoch, Generation, Incarnation, Lsn, MirrorId};
+use twinbox_resync::node::{MirrorState as History, NodeState, Role};
+use twinbox_resync::schema::StateError;
+
+use crate::capture::watch::KERNEL_BYTES_PER_WATCH;
+use crate::capture::{Capture, CaptureConfig, CaptureError, CaptureHandle};
+use crate::config;
+use crate::layout::{Grouping, Selection};
+use crate::link::paths::Paths;
+use crate::link::primary::{self, PeerLink};
+use crate::link::standby::{Served, Server};
+use crate::net::{Endpoint, Fingerprint};
+use crate::standby::{Standby, StandbyConfig, StandbyError, StandbyHandle};
+use crate::status::{
+    LastError, Lsns, MirrorState, MirrorStatus, PeerStatus, Pending, Rates, SyncProgress, Totals, Unreadable, Watches, rfc3339,
+};
+
+/// One mirror as configured.
+pub struct MirrorSpec {
+    /// Name.
+    pub name: String,
+    /// Directory.
+    pub root: PathBuf,
+    /// Layout's name.
+    pub layout: String,
+    /// Role it begins in, when the node's state knows none.
+    pub role: Role,
+    /// What is mirrored.
+    pub selection: Selection,
+    /// Groups.
+    pub grouping: Grouping,
+    /// Take over what is in a standby's directory.
+    pub adopt: bool,
+    /// Compare everything this often.
+    pub sweep: Option<Duration>,
+}
+
+/// The other node.
+#[derive(Clone)]
+pub struct PeerSpec {
+    /// Name.
+    pub node: String,
+    /// Where it listens.
+    pub addresses: Vec<SocketAddr>,
+    /// Its key.
+    pub fingerprint: Fingerprint,
+}
+
+/// Bounds.
+#[derive(Clone, Copy)]
+pub struct Bounds {
+    /// Bytes in flight of one mirror.
+    pub window_bytes: usize,
+    /// Dirty paths kept.
+    pub dirty_max: usize,
+    /// Redo log on a standby.
+    pub redo_max: u64,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Bounds { window_bytes: 32 << 20, dirty_max: 200_000, redo_max: 1 << 30 }
+    }
+}
+
+/// Why a node cannot start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RoleError {
+    /// Primary side.
+    #[error("mirror `{mirror}`: {source}")]
+    Capture {
+        /// Which.
+        mirror: String,
+        /// Why.
+        source: CaptureError,
+    },
+    /// Standby side.
+    #[error("mirror `{mirror}`: {source}")]
+    Standby {
+        /// Which.
+        mirror: String,
+        /// Why.
+        source: StandbyError,
+    },
+    /// `state.db`.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Randomness.
+    #[error("no randomness from the kernel: {0}")]
+    Random(rustix::io::Errno),
+    /// Making directories.
+    #[error("state directory {path}: {source}", path = path.display())]
+    Dir {
+        /// Which.
+        path: PathBuf,
+        /// The system's words.
+        source: std::io::Error,
+    },
+}
+
+/// Random bytes from the kernel.
+///
+/// # Errors
+/// The system's.
+pub fn random<const N: usize>() -> Result<[u8; N], RoleError> {
+    let mut bytes = [0; N];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(RoleError::Random)?;
+    Ok(bytes)
+}
+
+struct Primary {
+    spec: MirrorSpec,
+    history: History,
+    link: Arc<Mutex<PeerLink>>,
+    paths: Vec<Arc<Paths>>,
+    task: Option<JoinHandle<()>>,
+    rates: Mutex<RateMeter>,
+    capture: Capture,
+}
+
+struct Replica {
+    spec: MirrorSpec,
+    served: Arc<Served>,
+    standby: Option<Standby>,
+    rates: Mutex<RateMeter>,
+}
+
+/// All mirrors of a node, running.
+pub struct Roles {
+    primaries: Vec<Primary>,
+    replicas: Vec<Replica>,
+    servers: Vec<JoinHandle<()>>,
+    order: Vec<String>,
+    state_dir: PathBuf,
+}
+
+impl Roles {
+    /// Starts everything. `endpoints`: the first dials; all listen.
+    ///
+    /// # Errors
+    /// [`RoleError`]: nothing is running then.
+    pub fn start(
+        node: &str,
+        state_dir: &std::path::Path,
+        mirrors: Vec<MirrorSpec>,
+        peers: &[PeerSpec],
+        endpoints: &[Endpoint],
+        bounds: Bounds,
+    ) -> Result<Self, RoleError> {
+        let state = NodeState::open(state_dir)?;
+        let incarnation = Incarnation(random()?);
+        let order = mirrors.iter().map(|m| m.name.clone()).collect();
+        let mut roles = Roles { primaries: vec![], replicas: vec![], servers: vec![], order, state_dir: state_dir.into() };
+        for spec in mirrors {
+            let mirror_dir = state_dir.join("mirrors").join(&spec.name);
+            std::fs::create_dir_all(&mirror_dir).map_err(|source| RoleError::Dir { path: mirror_dir.clone(), source })?;
+            let known = state.mirror(&spec.name)?;
+            match known.as_ref().map_or(spec.role, |k| k.role) {
+                Role::Primary => {
+                    let history = match known {
+                        Some(history) => history,
+                        None => {
+                            let history = History {
+                                mirror_id: MirrorId(random()?),
+                                role: Role::Primary,
+                                generation: Generation(random()?),
+                                epoch: Epoch(1),
+                                digest_key: DigestKey(random()?),
+                                reserved: Lsn::ZERO,
+                                complete: false,
+                            };
+                            state.set_mirror(&spec.name, &history)?;
+                            history
+                        }
+                    };
+                    let config = CaptureConfig {
+                        name: spec.name.clone(),
+                        node: node.into(),
+                        root: spec.root.clone(),
+                        state_dir: state_dir.into(),
+                        mirror_dir,
+                        selection: spec.selection.clone(),
+                        grouping: spec.grouping.clone(),
+                        layout: spec.layout.clone(),
+                        known: history.clone(),
+                        incarnation,
+                        window_bytes: bounds.window_bytes,
+                        dirty_max: bounds.dirty_max,
+                        sweep: spec.sweep,
+                    };
+                    let mirror = spec.name.clone();
+                    let capture = Capture::start(config).map_err(|source| RoleError::Capture { mirror, source })?;
+                    let link = Arc::default();
+                    roles.primaries.push(Primary {
+                        spec,
+                        history,
+                        link,
+                        paths: vec![],
+                        task: None,
+                        rates: Mutex::default(),
+                        capture,
+                    });
+                }
+                Role::Standby => {
+                    let (state_dir, name) = (state_dir.to_path_buf(), spec.name.clone());
+                    let config = StandbyConfig {
+                        mirror: spec.name.clone(),
+                        root: spec.root.clone(),
+                        state_dir: mirror_dir,
+                        adopt: spec.adopt,
+                        redo_max_bytes: bounds.redo_max,
+                        on_complete: Box::new(move |complete| {
+                            if let Err(error) = NodeState::open(&state_dir).and_then(|node| node.set_complete(&name, complete)) {
+                                tracing::error!(mirror = %name, %error, "cannot note that the first sync is complete");
+                            }
+                        }),
+                    };
+                    let mirror = spec.name.clone();
+                    let standby = Standby::start(config, known.as_ref()).map_err(|source| RoleError::Standby { mirror, source })?;
+                    let served = Arc::new(Served { handle: standby.handle(), seen: Mutex::default() });
+                    roles.replicas.push(Replica { spec, served, standby: Some(standby), rates: Mutex::default() });
+                }
+            }
+        }
+        roles.connect(peers, endpoints);
+        roles.serve(node, incarnation, state_dir, endpoints);
+        Ok(roles)
+    }
+
+    /// Dials the peers anew (after a reload or a pairing).
+    pub fn connect(&mut self, peers: &[PeerSpec], endpoints: &[Endpoint]) {
+        let Some(endpoint) = endpoints.first() else { return };
+        let paths: Vec<Arc<Paths>> =
+            peers.iter().map(|peer| Arc::new(Paths::start(endpoint, &peer.node, &peer.addresses, peer.fingerprint))).collect();
+        for primary in &mut self.primaries {
+            if let Some(task) = primary.task.take() {
+                task.abort();
+            }
+            primary.paths.clone_from(&paths);
+            if let Some(first) = paths.first() {
+                let (capture, link) = (primary.capture.handle(), primary.link.clone());
+                primary.task = Some(tokio::spawn(primary::run(primary.spec.name.clone(), first.clone(), capture, link)));
+            }
+        }
+    }
+
+    fn serve(&mut self, node: &str, incarnation: Incarnation, state_dir: &std::path::Path, endpoints: &[Endpoint]) {
+        let mirrors: HashMap<String, Arc<Served>> = self.replicas.iter().map(|r| (r.spec.name.clone(), r.served.clone())).collect();
+        let server = Arc::new(Server { node: node.into(), incarnation, state_dir: state_dir.into(), mirrors });
+        for endpoint in endpoints {
+            let (endpoint, server) = (endpoint.clone(), server.clone());
+            self.servers.push(tokio::spawn(async move {
+                while let Some(incoming) = endpoint.accept().await {
+                    tokio::spawn(server.clone().serve(incoming));
+                }
+            }));
+        }
+    }
+
+    /// The captures, by mirror.
+    #[must_use]
+    pub fn captures(&self) -> Vec<(String, CaptureHandle)> {
+        self.primaries.iter().map(|p| (p.spec.name.clone(), p.capture.handle())).collect()
+    }
+
+    /// The standbys, by mirror.
+    #[must_use]
+    pub fn standbys(&self) -> Vec<(String, StandbyHandle)> {
+        self.replicas.iter().map(|r| (r.spec.name.clone(), r.served.handle.clone())).collect()
+    }
+
+    /// Takes over what may change while running: exclusions and groups.
+    pub fn reselect(&self, mirrors: &[MirrorSpec]) {
+        for spec in mirrors {
+            if let Some(primary) = self.primaries.iter().find(|p| p.spec.name == spec.name) {
+                let choice = Box::new((spec.selection.clone(), spec.grouping.clone()));
+                primary.capture.handle().send(crate::capture::Command::Reselect(choice));
+            }
+        }
+    }
+
+    /// Ends sessions, then captures, then standbys with a last checkpoint.
+    pub fn stop(&mut self) {
+        for primary in &mut self.primaries {
+            if let Some(task) = primary.task.take() {
+                task.abort();
+            }
+        }
+        self.servers.drain(..).for_each(|task| task.abort());
+        self.primaries.clear();
+        for replica in &mut self.replicas {
+            if let Some(standby) = replica.standby.take() {
+                standby.stop();
+            }
+        }
+    }
+
+    /// What each mirror says of itself, in configured order.
+    #[must_use]
+    pub fn status(&self) -> Vec<MirrorStatus> {
+        let mut all: Vec<MirrorStatus> =
+            self.primaries.iter().map(primary_status).chain(self.replicas.iter().map(|r| replica_status(r, &self.state_dir))).collect();
+        all.sort_by_key(|m| self.order.iter().position(|name| *name == m.name));
+        all
+    }
+}
+
+impl Drop for Roles {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Differences over the last seconds.
+#[derive(Default)]
+struct RateMeter {
+    last: Option<(Instant, [u64; 3])>,
+    rates: Rates,
+}
+
+impl RateMeter {
+    fn rates(&mut self, counts: [u64; 3]) -> Rates {
+        let now = Instant::now();
+        match self.last {
+            Some((at, before)) if now.duration_since(at) >= Duration::from_millis(500) => {
+                let seconds = now.duration_since(at).as_secs_f64();
+                let per_s = |i: usize| (counts[i].saturating_sub(before[i])) as f64 / seconds;
+                self.rates = Rates { txns_per_s: per_s(0), bytes_per_s: per_s(1), wire_bytes_per_s: per_s(2) };
+                self.last = Some((now, counts));
+            }
+            Some(_) => {}
+            None => self.last = Some((now, counts)),
+        }
+        self.rates
+    }
+}
+
+fn last_error(found: Option<(SystemTime, String)>) -> Option<LastError> {
+    found.map(|(at, message)| LastError { at: rfc3339(at), message })
+}
+
+fn primary_status(primary: &Primary) -> MirrorStatus {
+    let now = primary.capture.handle().status();
+    let link = primary.link.lock().map(|l| l.clone()).unwrap_or_default();
+    let wire = primary.paths.first().map(|p| p.wire()).unwrap_or_default();
+    let state = match () {
+        () if link.diverged => MirrorState::Diverged,
+        () if now.protected => MirrorState::Protected,
+        () if now.connected => MirrorState::Syncing,
+        () => MirrorState::Unprotected,
+    };
+    let peers = primary
+        .paths
+        .iter()
+        .enumerate()
+        .map(|(at, paths)| PeerStatus {
+            node: paths.node().into(),
+            addresses: paths.addresses(),
+            connected: at == 0 && now.connected,
+            durable: if at == 0 { link.durable.map(|l| l.0) } else { None },
+            applied: if at == 0 { link.applied.map(|l| l.0) } else { None },
+            clock_skew_ms: if at == 0 { link.skew_ms } else { None },
+            version: if at == 0 { link.version.clone() } else { None },
+        })
+        .collect();
+    let rates = primary.rates.lock().map(|mut r| r.rates([now.txns, now.bytes, wire.0 + wire.1])).unwrap_or_default();
+    let error = last_error(now.last_error.clone()).or_else(|| {
+        let message = link.refused.clone().or(link.last_error.clone())?;
+        Some(LastError { at: rfc3339(SystemTime::now()), message })
+    });
+    MirrorStatus {
+        name: primary.spec.name.clone(),
+        role: config::Role::Primary,
+        state,
+        layout: primary.spec.layout.clone(),
+        root: primary.spec.root.display().to_string(),
+        epoch: primary.history.epoch.0,
+        generation: primary.history.generation.to_string(),
+        lsn: Lsns { captured: now.lsn.0.0, durable: now.lsn.1.0, applied: now.lsn.2.0 },
+        lag_ms: Some(now.lag_ms),
+        bound_ms: now.bound_ms,
+        pending: Pending { paths: now.pending_paths, bytes: now.pending_bytes },
+        peers,
+        rates,
+        totals: Totals { wire_sent: wire.0, wire_received: wire.1, txns: now.txns, files: now.files },
+        watches: Watches { count: now.watches, kernel_bytes: now.watches * KERNEL_BYTES_PER_WATCH },
+        fuzzy_cuts: 0,
+        unreadable: Unreadable {
+            count: now.unreadable.len() as u64,
+            sample: now.unreadable.iter().take(10).map(|(path, why)| format!("{path}: {why}")).collect(),
+        },
+        lost_metadata: BTreeMap::new(),
+        sync: (state == MirrorState::Syncing || now.scanning).then(|| SyncProgress {
+            phase: if now.complete { "checking" } else { "copying" }.into(),
+            files_done: now.files,
+            files_total: None,
+            bytes_done: now.bytes,
+            bytes_total: None,
+            eta_s: None,
+        }),
+        last_error: error,
+        unprotected_since: if state == MirrorState::Protected { None } else { now.unprotected_since.map(rfc3339) },
+    }
+}
+
+fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatus {
+    let now = replica.served.handle.status();
+    let seen = replica.served.seen.lock().map(|s| s.clone()).unwrap_or_default();
+    let history = NodeState::open(state_dir).ok().and_then(|node| node.mirror(&replica.spec.name).ok().flatten());
+    let state = match () {
+        () if seen.diverged.is_some() => MirrorState::Diverged,
+        () if !seen.connected => MirrorState::Unprotected,
+        () if now.complete => MirrorState::Protected,
+        () => MirrorState::Syncing,
+    };
+    let peers = seen
+        .peer
+        .iter()
+        .map(|(node, version, skew)| PeerStatus {
+            node: node.clone(),
+            addresses: vec![],
+            connected: seen.connected,
+            durable: None,
+            applied: None,
+            clock_skew_ms: Some(*skew),
+            version: Some(version.clone()),
+        })
+        .collect();
+    let rates = replica.rates.lock().map(|mut r| r.rates([now.txns, 0, 0])).unwrap_or_default();
+    MirrorStatus {
+        name: replica.spec.name.clone(),
+        role: config::Role::Standby,
+        state,
+        layout: replica.spec.layout.clone(),
+        root: replica.spec.root.display().to_string(),
+        epoch: history.as_ref().map_or(0, |h| h.epoch.0),
+        generation: history.map_or_else(String::new, |h| h.generation.to_string()),
+        lsn: Lsns { captured: now.durable.0, durable: now.durable.0, applied: now.applied.0 },
+        lag_ms: None,
+        bound_ms: None,
+        pending: Pending::default(),
+        peers,
+        rates,
+        totals: Totals { txns: now.txns, files: now.files, ..Totals::default() },
+        watches: Watches::default(),
+        fuzzy_cuts: 0,
+        unreadable: Unreadable::default(),
+        lost_metadata: now.lost_metadata.clone(),
+        sync: None,
+        last_error: seen.diverged.map(|message| (SystemTime::now(), message)).map(|e| last_error(Some(e))).unwrap_or(last_error(now.last_error)),
+        unprotected_since: None,
+    }
+}
