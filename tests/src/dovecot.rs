@@ -70,7 +70,7 @@ impl Dovecot {
                 if Imap::connect(server.imap).is_ok() && TcpStream::connect(server.lmtp).is_ok() {
                     return server;
                 }
-                std::thread::sleep(Duration::from_millis(20));
+                crate::gate::nap(Duration::from_millis(20));
             }
             eprintln!("dovecot did not start:\n{}", server.log());
         }
@@ -123,10 +123,7 @@ impl Dovecot {
     /// What it has logged.
     #[must_use]
     pub fn log(&self) -> String {
-        ["dovecot.log", "out", "err"]
-            .iter()
-            .filter_map(|f| fs::read_to_string(self.scratch.join(f)).ok())
-            .collect()
+        ["dovecot.log", "out", "err"].iter().filter_map(|f| fs::read_to_string(self.scratch.join(f)).ok()).collect()
     }
 
     /// Lines in the log that say something is broken.

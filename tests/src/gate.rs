@@ -4,6 +4,7 @@
 //! skipped silently on the machine whose verdict counts.
 
 use std::fs::{File, OpenOptions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -42,12 +43,8 @@ pub fn missing(need: Need<'_>) -> Option<String> {
         }
         Need::Dovecot => missing(Need::Root)
             .or_else(|| missing(Need::Program("dovecot")))
-            .or_else(|| {
-                (!Path::new("/usr/lib/dovecot/lmtp").exists()).then(|| "needs dovecot-lmtpd".into())
-            })
-            .or_else(|| {
-                (!Path::new("/usr/lib/dovecot/imap").exists()).then(|| "needs dovecot-imapd".into())
-            }),
+            .or_else(|| (!Path::new("/usr/lib/dovecot/lmtp").exists()).then(|| "needs dovecot-lmtpd".into()))
+            .or_else(|| (!Path::new("/usr/lib/dovecot/imap").exists()).then(|| "needs dovecot-imapd".into())),
     }
 }
 
@@ -90,9 +87,7 @@ pub fn full() -> bool {
 #[must_use]
 pub fn scaled(n: usize) -> usize {
     let factor = match std::env::var("TWINBOX_TEST_SCALE") {
-        Ok(text) => text
-            .parse::<f64>()
-            .unwrap_or_else(|_| panic!("TWINBOX_TEST_SCALE={text} is not a number")),
+        Ok(text) => text.parse::<f64>().unwrap_or_else(|_| panic!("TWINBOX_TEST_SCALE={text} is not a number")),
         Err(_) => 1.0,
     };
     #[allow(clippy::cast_precision_loss)]
@@ -119,9 +114,12 @@ pub fn heavy() -> Heavy {
     let file = OpenOptions::new()
         .create(true)
         .truncate(false)
+        .read(true)
         .write(true)
         .open(&path)
         .unwrap_or_else(|e| panic!("open {}: {e}", path.display()));
+    // Whoever made it: other users' test runs wait for the same turn.
+    let _ = file.set_permissions(std::fs::Permissions::from_mode(0o666));
     flock(&file, FlockOperation::LockExclusive).expect("flock");
     Heavy(file)
 }
@@ -160,9 +158,20 @@ pub fn wait_for<T>(limit: Duration, what: &str, mut cond: impl FnMut() -> Option
             return value;
         }
         assert!(Instant::now() < deadline, "gave up after {limit:?} waiting for {what}");
-        std::thread::sleep(pause);
+        nap(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+}
+
+/// Gives the processor away between two looks at a condition, or keeps a load's pace. Never instead of a condition.
+#[allow(clippy::disallowed_methods)] // the one place
+pub fn nap(time: Duration) {
+    std::thread::sleep(time);
+}
+
+/// Waits for a moment: for loads with a pace and faults with a length.
+pub fn nap_until(moment: Instant) {
+    nap(moment.saturating_duration_since(Instant::now()));
 }
 
 /// Polls `cond` until it holds; panics with `what` when `limit` has passed.
@@ -172,16 +181,9 @@ pub fn wait_until(limit: Duration, what: &str, mut cond: impl FnMut() -> bool) {
 
 fn on_path(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .any(|dir| dir.join(name).is_file())
+    std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|dir| dir.join(name).is_file())
 }
 
 fn quiet(program: &str, args: &[&str]) -> bool {
-    Command::new(program)
-        .args(args)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|s| s.success())
+    Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
 }

@@ -64,11 +64,7 @@ impl Imap {
         stream.set_read_timeout(Some(LIMIT))?;
         let mut session = Self { stream: BufReader::new(stream), tag: 0 };
         let greeting = session.line()?;
-        if greeting.text.starts_with("* OK") {
-            Ok(session)
-        } else {
-            Err(io::Error::other(format!("IMAP greeting {:?}", greeting.text)))
-        }
+        if greeting.text.starts_with("* OK") { Ok(session) } else { Err(io::Error::other(format!("IMAP greeting {:?}", greeting.text))) }
     }
 
     /// Connects and logs in.
@@ -211,10 +207,8 @@ impl Imap {
             }
             let text = String::from_utf8_lossy(&bytes);
             let text = text.trim_end_matches(['\r', '\n']);
-            let literal = text
-                .strip_suffix('}')
-                .and_then(|t| t.rsplit_once('{'))
-                .and_then(|(before, n)| Some((before, n.parse::<usize>().ok()?)));
+            let literal =
+                text.strip_suffix('}').and_then(|t| t.rsplit_once('{')).and_then(|(before, n)| Some((before, n.parse::<usize>().ok()?)));
             let Some((before, length)) = literal else {
                 whole.text.push_str(text);
                 return Ok(whole);
@@ -241,8 +235,7 @@ fn message(text: &str, body: &[u8]) -> io::Result<Message> {
     };
     let until = |rest: &str, end: &[char]| rest.split(end).next().unwrap_or_default().to_owned();
     let flags = until(after("FLAGS (")?, &[')']);
-    let mut flags: Vec<String> =
-        flags.split_whitespace().filter(|f| *f != "\\Recent").map(ToOwned::to_owned).collect();
+    let mut flags: Vec<String> = flags.split_whitespace().filter(|f| *f != "\\Recent").map(ToOwned::to_owned).collect();
     flags.sort();
     Ok(Message {
         uid: number(&until(after("UID ")?, &[' ', ')']))?,

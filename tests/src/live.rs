@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::tree::{Layout, Rules, assert_identical, wait_identical};
+use crate::tree::{Layout, Rules, assert_identical, leftovers, wait_identical};
 use crate::twinbox::{Ended, Process, Program, STOP_LIMIT};
 
 /// A live mirror of a directory.
@@ -38,13 +38,7 @@ pub fn once(source: &Path, replica: &Path, dir: &Path, layout: Layout) -> Ended 
 
 /// The same, run in some other way.
 #[must_use]
-pub fn once_by(
-    program: &Program,
-    source: &Path,
-    replica: &Path,
-    dir: &Path,
-    layout: Layout,
-) -> Ended {
+pub fn once_by(program: &Program, source: &Path, replica: &Path, dir: &Path, layout: Layout) -> Ended {
     let mut words = words(source, replica, dir, layout);
     words.push("--once".into());
     program.spawn("mirror-once", dir, words).end(Duration::from_secs(300))
@@ -87,6 +81,9 @@ impl Live {
         let ended = Ended { status, stdout, stderr }.ok("mirror after Ctrl-C");
         assert!(!ended.panicked(), "{ended}");
         assert_identical(&self.source, &self.replica, self.rules);
+        for root in [&self.source, &self.replica] {
+            assert_eq!(leftovers(root).expect("read the tree"), Vec::<String>::new(), "left behind by the mirror");
+        }
         ended
     }
 }

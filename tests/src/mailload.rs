@@ -4,6 +4,7 @@
 //! a fixed set of users, one user at a time, so a user's own operations are ordered; deliveries are not ordered against them.
 
 use std::io;
+use std::ops::AddAssign;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -56,8 +57,8 @@ pub struct Done {
     pub refused: usize,
 }
 
-impl Done {
-    fn add(&mut self, other: &Self) {
+impl AddAssign for Done {
+    fn add_assign(&mut self, other: Self) {
         self.delivered += other.delivered;
         self.flagged += other.flagged;
         self.copied += other.copied;
@@ -69,12 +70,21 @@ impl Done {
         self.subscribed += other.subscribed;
         self.refused += other.refused;
     }
+}
 
+impl Done {
     /// Panics unless every kind of operation happened: a workload that does nothing proves nothing.
     pub fn assert_varied(&self) {
         let each = [
-            self.delivered, self.flagged, self.copied, self.moved, self.expunged, self.created,
-            self.renamed, self.deleted, self.subscribed,
+            self.delivered,
+            self.flagged,
+            self.copied,
+            self.moved,
+            self.expunged,
+            self.created,
+            self.renamed,
+            self.deleted,
+            self.subscribed,
         ];
         assert!(each.iter().all(|n| *n > 0), "a kind of operation is missing: {self:?}");
     }
@@ -85,7 +95,7 @@ pub fn run(server: &Dovecot, load: Load) -> io::Result<Done> {
     let users = crate::dovecot::users(load.users);
     let coming = AtomicBool::new(true);
     let total = Mutex::new(Done::default());
-    let done = |part: Done| total.lock().expect("no panics while locked").add(&part);
+    let done = |part: Done| total.lock().expect("no panics while locked").add_assign(part);
     let sessions = load.users.div_ceil(5).max(1);
     std::thread::scope(|scope| {
         let mut threads = Vec::new();
@@ -93,9 +103,7 @@ pub fn run(server: &Dovecot, load: Load) -> io::Result<Done> {
         for (n, users) in users.chunks(5).enumerate() {
             let (coming, done) = (&coming, &done);
             let rng = Rng::part(load.seed, 1 + n as u64);
-            threads.push(scope.spawn(move || {
-                session(server, users, rng, quota, coming).map(done)
-            }));
+            threads.push(scope.spawn(move || session(server, users, rng, quota, coming).map(done)));
         }
         let delivered = deliver(server, &users, load).map(done);
         coming.store(false, Ordering::SeqCst);
@@ -152,10 +160,8 @@ pub fn message(rng: &mut Rng, n: usize) -> Vec<u8> {
 /// A message of about `size` bytes: mail headers, lines of words, then base64-like lines.
 #[must_use]
 pub fn sized_message(rng: &mut Rng, n: usize, size: usize) -> Vec<u8> {
-    const WORDS: [&str; 12] = [
-        "meeting", "invoice", "please", "the", "schedule", "of", "attached", "and", "regards",
-        "tomorrow", "report", "to",
-    ];
+    const WORDS: [&str; 12] =
+        ["meeting", "invoice", "please", "the", "schedule", "of", "attached", "and", "regards", "tomorrow", "report", "to"];
     const CODE: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = format!(
         "From: Sender <sender@load.test>\r\nTo: list@load.test\r\nSubject: message {n} {}\r\n\
@@ -179,13 +185,7 @@ pub fn sized_message(rng: &mut Rng, n: usize, size: usize) -> Vec<u8> {
     text
 }
 
-fn session(
-    server: &Dovecot,
-    users: &[String],
-    mut rng: Rng,
-    quota: usize,
-    coming: &AtomicBool,
-) -> io::Result<Done> {
+fn session(server: &Dovecot, users: &[String], mut rng: Rng, quota: usize, coming: &AtomicBool) -> io::Result<Done> {
     let mut done = Done::default();
     let mut operations = 0;
     while operations < quota || coming.load(Ordering::SeqCst) {
@@ -247,11 +247,7 @@ fn folders(imap: &mut Imap, rng: &mut Rng, done: &mut Done) -> io::Result<()> {
     let mailboxes = imap.mailboxes()?;
     let own: Vec<&String> = mailboxes.iter().filter(|m| *m != "INBOX").collect();
     let fresh = format!("{} {}", rng.pick(&FOLDERS), rng.below(40));
-    let fresh = if rng.chance(30) {
-        format!("Tree{}{}", imap.separator()?, fresh)
-    } else {
-        fresh
-    };
+    let fresh = if rng.chance(30) { format!("Tree{}{}", imap.separator()?, fresh) } else { fresh };
     let fresh = quoted(&fresh);
     let (command, count) = if own.len() < 3 || rng.chance(35) {
         (format!("CREATE {fresh}"), &mut done.created)

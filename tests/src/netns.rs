@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -27,6 +28,12 @@ impl Namespace {
     #[must_use]
     pub fn prefix(&self) -> Vec<OsString> {
         ["ip", "netns", "exec", &self.name].into_iter().map(Into::into).collect()
+    }
+
+    /// The file that stands for it, for `setns`.
+    #[must_use]
+    pub fn file(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.name)
     }
 
     /// Runs a command inside it, to its end.
@@ -100,10 +107,7 @@ impl Cable {
         };
         let cable = Self { a: end("a", 1), b: end("b", 2) };
         let (a, b) = (&cable.a, &cable.b);
-        ip(&[
-            "link", "add", &a.interface, "netns", &a.name, "type", "veth", "peer", "name",
-            &b.interface, "netns", &b.name,
-        ]);
+        ip(&["link", "add", &a.interface, "netns", &a.name, "type", "veth", "peer", "name", &b.interface, "netns", &b.name]);
         for end in [a, b] {
             let address = format!("{}/24", end.address);
             ip(&["-n", &end.name, "addr", "add", &address, "dev", &end.interface]);

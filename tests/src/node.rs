@@ -140,10 +140,10 @@ impl Node {
         if !ended.status.success() {
             return None;
         }
-        let value: Value = serde_json::from_str(&ended.stdout)
-            .unwrap_or_else(|e| panic!("status --json is not JSON: {e}\n{}", ended.stdout));
-        let said = serde_json::from_value(value.clone())
-            .unwrap_or_else(|e| panic!("status --json breaks its schema: {e}\n{}", ended.stdout));
+        let value: Value =
+            serde_json::from_str(&ended.stdout).unwrap_or_else(|e| panic!("status --json is not JSON: {e}\n{}", ended.stdout));
+        let said =
+            serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("status --json breaks its schema: {e}\n{}", ended.stdout));
         Some(Status { said, value })
     }
 
@@ -282,34 +282,11 @@ impl Pair {
 
     /// The same, each node run in its own way and listening at its own address.
     #[must_use]
-    pub fn start(
-        dir: &Path,
-        source: &Path,
-        replica: &Path,
-        layout: Layout,
-        programs: [Program; 2],
-        listen: [SocketAddr; 2],
-    ) -> Self {
+    pub fn start(dir: &Path, source: &Path, replica: &Path, layout: Layout, programs: [Program; 2], listen: [SocketAddr; 2]) -> Self {
         let [p, s] = programs;
-        let primary = Spec {
-            node: "alpha",
-            role: "primary",
-            mirror: "mail",
-            root: source,
-            layout,
-            listen: listen[0],
-        };
-        let standby = Spec {
-            node: "beta",
-            role: "standby",
-            root: replica,
-            listen: listen[1],
-            ..primary.clone()
-        };
-        let mut pair = Self {
-            primary: Node::init(p, &dir.join("alpha"), &primary),
-            standby: Node::init(s, &dir.join("beta"), &standby),
-        };
+        let primary = Spec { node: "alpha", role: "primary", mirror: "mail", root: source, layout, listen: listen[0] };
+        let standby = Spec { node: "beta", role: "standby", root: replica, listen: listen[1], ..primary.clone() };
+        let mut pair = Self { primary: Node::init(p, &dir.join("alpha"), &primary), standby: Node::init(s, &dir.join("beta"), &standby) };
         self::pair(&pair.primary, &pair.standby);
         pair.primary.start();
         pair.standby.start();
@@ -320,9 +297,8 @@ impl Pair {
     pub fn wait_drained(&self, limit: Duration) {
         wait_for(limit, "the standby to have everything", || {
             let status = self.primary.status()?;
-            let done = status.said.mirrors.iter().all(|m| {
-                m.state == "protected" && m.pending.paths == 0 && m.lsn.captured == m.lsn.applied
-            });
+            let done =
+                status.said.mirrors.iter().all(|m| m.state == "protected" && m.pending.paths == 0 && m.lsn.captured == m.lsn.applied);
             done.then_some(())
         });
     }

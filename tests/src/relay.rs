@@ -122,13 +122,7 @@ impl Drop for Relay {
     }
 }
 
-fn accept(
-    front: &Arc<UdpSocket>,
-    target: SocketAddr,
-    switches: &Arc<Switches>,
-    queue: &SyncSender<Later>,
-    seed: u64,
-) {
+fn accept(front: &Arc<UdpSocket>, target: SocketAddr, switches: &Arc<Switches>, queue: &SyncSender<Later>, seed: u64) {
     let mut backs: BTreeMap<SocketAddr, Arc<UdpSocket>> = BTreeMap::new();
     let mut threads = Vec::new();
     let rng = Arc::new(Mutex::new(Rng::new(seed)));
@@ -161,14 +155,7 @@ fn accept(
     }
 }
 
-fn pass(
-    switches: &Switches,
-    queue: &SyncSender<Later>,
-    rng: &Mutex<Rng>,
-    socket: &Arc<UdpSocket>,
-    to: SocketAddr,
-    bytes: &[u8],
-) {
+fn pass(switches: &Switches, queue: &SyncSender<Later>, rng: &Mutex<Rng>, socket: &Arc<UdpSocket>, to: SocketAddr, bytes: &[u8]) {
     let loss = switches.loss_percent.load(Ordering::SeqCst) as usize;
     let lost = rng.lock().is_ok_and(|mut rng| rng.chance(loss));
     if lost || switches.paused.load(Ordering::SeqCst) {

@@ -61,11 +61,7 @@ impl Seed {
     #[must_use]
     pub fn from_env() -> Self {
         let seed = std::env::var("TWINBOX_TEST_SEED").ok().map_or_else(
-            || {
-                std::time::SystemTime::now()
-                    .duration_since(std::time::UNIX_EPOCH)
-                    .map_or(1, |d| d.as_millis() as u64)
-            },
+            || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64),
             |text| text.parse().expect("TWINBOX_TEST_SEED is a whole number"),
         );
         Self(seed)
@@ -76,10 +72,7 @@ impl Drop for Seed {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let test = std::thread::current().name().unwrap_or("TEST").to_owned();
-            eprintln!(
-                "replay: TWINBOX_TEST_SEED={} cargo test -p twinbox-tests {test}",
-                self.0
-            );
+            eprintln!("replay: TWINBOX_TEST_SEED={} cargo test -p twinbox-tests {test}", self.0);
         }
     }
 }

@@ -15,10 +15,7 @@ impl Scratch {
     /// A new scratch directory with `name` in its path.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix(&format!("twinbox-{name}-"))
-            .tempdir()
-            .expect("scratch directory");
+        let dir = tempfile::Builder::new().prefix(&format!("twinbox-{name}-")).tempdir().expect("scratch directory");
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
         Self(Some(dir))
     }
@@ -54,10 +51,9 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if std::env::var("TWINBOX_TEST_KEEP").is_ok_and(|v| v == "1") {
-            if let Some(dir) = self.0.take() {
+        if std::env::var("TWINBOX_TEST_KEEP").is_ok_and(|v| v == "1")
+            && let Some(dir) = self.0.take() {
                 eprintln!("kept {}", dir.keep().display());
             }
-        }
     }
 }

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 pub use crate::walk::snapshot;
 
-/// A directory at the top of a replica that belongs to the mirror program, not to the mirrored tree.
-pub const PRIVATE: &[u8] = b".twinbox";
+/// How the temporary names of the mirror program begin: never mirrored, and gone when it has stopped ([`leftovers`]).
+pub const PRIVATE: &[u8] = b".twinbox-";
 
 /// Blocks a replica of a sparse file may have beyond the source's: preallocation and extent rounding.
 const SPARSE_SLACK: u64 = 256 * 1024;
@@ -56,13 +56,14 @@ impl Layout {
 pub struct Rules {
     layout: Layout,
     owners: bool,
+    everything: bool,
 }
 
 impl Rules {
     /// Everything that `layout` mirrors.
     #[must_use]
     pub fn of(layout: Layout) -> Self {
-        Self { layout, owners: true }
+        Self { layout, owners: true, everything: false }
     }
 
     /// The same, but owners are not compared: an ordinary user cannot set them.
@@ -71,22 +72,30 @@ impl Rules {
         Self { owners: false, ..self }
     }
 
-    /// Whether the path (bytes, relative to the root) is never mirrored.
+    /// Whether the path (bytes, relative to the root) is never mirrored. Only files are ever scratch, and messages never are.
     #[must_use]
-    pub fn excludes(&self, path: &[u8]) -> bool {
-        if path == PRIVATE {
-            return true;
-        }
+    pub fn excludes(&self, path: &[u8], is_dir: bool) -> bool {
         let mut parents: Vec<&[u8]> = path.split(|b| *b == b'/').collect();
         let name = parents.pop().unwrap_or_default();
+        let parent = parents.last().copied().unwrap_or_default();
+        if self.everything {
+            return false;
+        }
+        if name.starts_with(PRIVATE) || parents.iter().any(|p| p.starts_with(PRIVATE)) {
+            return true;
+        }
+        if is_dir {
+            return false;
+        }
         let lock = name.ends_with(b".lock") || name.ends_with(b".newlock");
+        let shared = name.ends_with(b"-shm");
+        let half = name.starts_with(b"dovecot") && name.ends_with(b".tmp");
         match self.layout {
-            Layout::Plain => false,
-            Layout::Maildir => lock || name.ends_with(b"-shm") || parents.contains(&&b"tmp"[..]),
-            Layout::Sdbox | Layout::Mdbox => {
-                lock || name.ends_with(b"-shm") || name.starts_with(b".temp.")
-            }
-            Layout::Mbox => lock || name.ends_with(b"-shm"),
+            Layout::Plain => shared,
+            Layout::Maildir if matches!(parent, b"cur" | b"new") => false,
+            Layout::Maildir => parent == b"tmp" || lock || shared || half || name.starts_with(b".temp."),
+            Layout::Sdbox | Layout::Mdbox => lock || shared || half || name.starts_with(b".temp."),
+            Layout::Mbox => lock || half || name.starts_with(b".temp."),
         }
     }
 }
@@ -165,11 +174,7 @@ pub struct Difference {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = if self.path.is_empty() {
-            "(root)".to_owned()
-        } else {
-            self.path.escape_ascii().to_string()
-        };
+        let path = if self.path.is_empty() { "(root)".to_owned() } else { self.path.escape_ascii().to_string() };
         write!(f, "{path}: {} {} → {}", self.field, self.source, self.replica)
     }
 }
@@ -180,12 +185,7 @@ pub fn diff(source: &Snapshot, replica: &Snapshot, rules: Rules) -> Vec<Differen
     let mut found = Vec::new();
     let paths: BTreeSet<_> = source.entries.keys().chain(replica.entries.keys()).collect();
     for path in paths {
-        let note = |field, source: String, replica: String| Difference {
-            path: path.clone(),
-            field,
-            source,
-            replica,
-        };
+        let note = |field, source: String, replica: String| Difference { path: path.clone(), field, source, replica };
         match (source.entries.get(path), replica.entries.get(path)) {
             (Some(s), Some(r)) => fields(s, r, rules, |f, a, b| found.push(note(f, a, b))),
             (Some(s), None) => found.push(note("exists", format!("{:?}", s.kind), "absent".into())),
@@ -232,12 +232,11 @@ fn fields(s: &Entry, r: &Entry, rules: Rules, mut note: impl FnMut(&'static str,
             note("xattr", format!("{name}={}", shown(&a)), format!("{name}={}", shown(&b)));
         }
     }
-    if let (Some(a), Some(b)) = (s.content, r.content) {
-        if a != b {
+    if let (Some(a), Some(b)) = (s.content, r.content)
+        && a != b {
             let hex = |h: [u8; 32]| h[..6].iter().map(|b| format!("{b:02x}")).collect::<String>();
             note("content", hex(a), hex(b));
         }
-    }
     if s.links != r.links {
         note("links", names(&s.links), names(&r.links));
     }
@@ -286,10 +285,18 @@ pub fn wait_identical(a: &Path, b: &Path, rules: Rules, limit: Duration) -> Resu
                 return Err(format!("after {limit:?}: {}", describe(&differences)));
             }
             Err(e) if late => return Err(format!("after {limit:?}: {e}")),
-            Ok(_) | Err(_) => std::thread::sleep(pause),
+            Ok(_) | Err(_) => crate::gate::nap(pause),
         }
         pause = (pause * 2).min(Duration::from_millis(250));
     }
+}
+
+/// Files of the mirror program itself that lie about in a tree.
+pub fn leftovers(root: &Path) -> io::Result<Vec<String>> {
+    let everything = Rules { everything: true, ..Rules::of(Layout::Plain) };
+    let found = snapshot(root, everything, Depth::Stat)?;
+    let own = |path: &&Vec<u8>| path.rsplit(|b| *b == b'/').next().is_some_and(|n| n.starts_with(PRIVATE));
+    Ok(found.entries.keys().filter(own).map(|p| p.escape_ascii().to_string()).collect())
 }
 
 /// Panics with what differs, unless the trees are identical now.

@@ -77,12 +77,7 @@ impl Program {
     }
 
     /// Starts the product; outputs go to files in `logs` named after `name`.
-    pub fn spawn<S: AsRef<OsStr>>(
-        &self,
-        name: &str,
-        logs: &Path,
-        args: impl IntoIterator<Item = S>,
-    ) -> Process {
+    pub fn spawn<S: AsRef<OsStr>>(&self, name: &str, logs: &Path, args: impl IntoIterator<Item = S>) -> Process {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let out = logs.join(format!("{name}-{n}.out"));
@@ -99,12 +94,7 @@ impl Program {
     }
 
     /// Runs the product to its end, bounded by [`COMMAND_LIMIT`].
-    pub fn run<S: AsRef<OsStr>>(
-        &self,
-        name: &str,
-        logs: &Path,
-        args: impl IntoIterator<Item = S>,
-    ) -> Ended {
+    pub fn run<S: AsRef<OsStr>>(&self, name: &str, logs: &Path, args: impl IntoIterator<Item = S>) -> Ended {
         self.spawn(name, logs, args).end(COMMAND_LIMIT)
     }
 }
@@ -131,9 +121,7 @@ impl Ended {
     /// Whether it panicked, by its outputs or by the code a Rust panic gives.
     #[must_use]
     pub fn panicked(&self) -> bool {
-        self.status.code() == Some(101)
-            || self.stderr.contains("panicked at")
-            || self.stdout.contains("panicked at")
+        self.status.code() == Some(101) || self.stderr.contains("panicked at") || self.stdout.contains("panicked at")
     }
 }
 
@@ -217,11 +205,7 @@ impl Process {
     /// Waits for its end; on giving up, kills it and panics.
     pub fn end(mut self, limit: Duration) -> Ended {
         self.wait(limit);
-        Ended {
-            status: self.ended.expect("waited for"),
-            stdout: self.stdout(),
-            stderr: self.stderr(),
-        }
+        Ended { status: self.ended.expect("waited for"), stdout: self.stdout(), stderr: self.stderr() }
     }
 
     /// Waits for its end.
@@ -231,12 +215,7 @@ impl Process {
     }
 
     /// Waits until its outputs satisfy `found`; panics if it ends before.
-    pub fn wait_output<T>(
-        &mut self,
-        limit: Duration,
-        what: &str,
-        mut found: impl FnMut(&str) -> Option<T>,
-    ) -> T {
+    pub fn wait_output<T>(&mut self, limit: Duration, what: &str, mut found: impl FnMut(&str) -> Option<T>) -> T {
         wait_for(limit, what, || {
             let ended = self.try_wait();
             let hit = found(&self.stdout()).or_else(|| found(&self.stderr()));

@@ -23,13 +23,7 @@ pub fn snapshot(root: &Path, rules: Rules, depth: Depth) -> io::Result<Snapshot>
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(root, flags, Mode::empty())?;
     let stat = rustix::fs::fstat(&dir)?;
-    let mut walk = Walk {
-        rules,
-        depth,
-        device: stat.st_dev,
-        entries: BTreeMap::new(),
-        names: BTreeMap::new(),
-    };
+    let mut walk = Walk { rules, depth, device: stat.st_dev, entries: BTreeMap::new(), names: BTreeMap::new() };
     let mut top = entry(&stat);
     top.xattrs = xattrs(&format!("/proc/self/fd/{}/.", dir.as_raw_fd()))?;
     walk.entries.insert(Vec::new(), top);
@@ -69,9 +63,6 @@ impl Walk {
                 full.push(b'/');
             }
             full.extend_from_slice(name.to_bytes());
-            if self.rules.excludes(&full) {
-                continue;
-            }
             match self.one(dir.as_fd(), &name, &full) {
                 Ok(()) => {}
                 Err(e) if vanished(&e) => {
@@ -89,6 +80,9 @@ impl Walk {
     fn one(&mut self, dir: BorrowedFd<'_>, name: &CStr, full: &[u8]) -> io::Result<()> {
         let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let mut entry = entry(&stat);
+        if self.rules.excludes(full, entry.kind == Kind::Directory) {
+            return Ok(());
+        }
         let mut through = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
         through.extend_from_slice(name.to_bytes());
         entry.xattrs = xattrs(&through)?;

@@ -139,15 +139,16 @@ fn every_planted_difference_is_found() {
 
 #[test]
 fn what_a_layout_never_mirrors_is_left_out() {
-    let excluded = |layout, path: &[u8]| Rules::of(layout).excludes(path);
+    let excluded = |layout, path: &[u8]| Rules::of(layout).excludes(path, false);
     assert!(excluded(Layout::Maildir, b"u/Maildir/tmp/1.M2.host"));
-    assert!(!excluded(Layout::Maildir, b"u/Maildir/tmp"));
+    assert!(!Rules::of(Layout::Maildir).excludes(b"u/Maildir/tmp", true));
     assert!(!excluded(Layout::Maildir, b"u/Maildir/.tmp/cur/1.M2.host"));
+    assert!(!excluded(Layout::Maildir, b"u/Maildir/cur/1.M2.lock"));
     assert!(excluded(Layout::Maildir, b"u/Maildir/dovecot-uidlist.lock"));
     assert!(excluded(Layout::Sdbox, b"u/sdbox/mailboxes/INBOX/dbox-Mails/.temp.host.1.2"));
     assert!(excluded(Layout::Mdbox, b"u/mdbox/storage/dovecot.map.index.log.newlock"));
     assert!(excluded(Layout::Mbox, b"u/mail/inbox.lock"));
     assert!(!excluded(Layout::Plain, b"x.lock"));
     assert!(!excluded(Layout::Plain, b"tmp/x"));
-    assert!(excluded(Layout::Plain, b".twinbox"));
+    assert!(excluded(Layout::Plain, b"a/.twinbox-1/x"));
 }

@@ -24,8 +24,7 @@ fn a_copied_store_shows_the_same() {
         let copy = scratch.join("copy");
         let users = dovecot::users(6);
         let primary = Dovecot::start(&root, layout);
-        let done = mailload::run(&primary, Load::new(150, users.len(), seed.0))
-            .unwrap_or_else(|e| panic!("{}: {e}", layout.name()));
+        let done = mailload::run(&primary, Load::new(150, users.len(), seed.0)).unwrap_or_else(|e| panic!("{}: {e}", layout.name()));
         done.assert_varied();
         let before = primary.dump(&users);
         assert_eq!(primary.complaints(), Vec::<String>::new());

@@ -259,8 +259,7 @@ fn changes() -> Vec<Change> {
             }
         }),
         ("name of 255 bytes", |r| {
-            fs::rename(r.join("names").join("n".repeat(255)), r.join("names").join("m".repeat(255)))
-                .unwrap();
+            fs::rename(r.join("names").join("n".repeat(255)), r.join("names").join("m".repeat(255))).unwrap();
         }),
         ("two names exchanged", |r| {
             let (a, b) = (r.join("modes/600"), r.join("modes/444"));
@@ -344,11 +343,7 @@ fn an_ordinary_user_loses_ownership_and_is_told() {
     let rules = Rules::of(Layout::Plain);
     assert_identical(&source, &replica, rules.without_owners());
     let lost = compare(&source, &replica, rules).unwrap();
-    assert!(
-        lost.iter().all(|d| d.field == "owner" && d.path == b"of-another"),
-        "{}",
-        describe(&lost)
-    );
+    assert!(lost.iter().all(|d| d.field == "owner" && d.path == b"of-another"), "{}", describe(&lost));
     let said = format!("{}{}", ended.stdout, ended.stderr).to_lowercase();
     assert!(said.contains("owner"), "does not say that ownership is lost: {ended}");
 }
