@@ -52,8 +52,9 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if std::env::var("TWINBOX_TEST_KEEP").is_ok_and(|v| v == "1")
-            && let Some(dir) = self.0.take() {
-                eprintln!("kept {}", dir.keep().display());
-            }
+            && let Some(dir) = self.0.take()
+        {
+            eprintln!("kept {}", dir.keep().display());
+        }
     }
 }

@@ -200,10 +200,11 @@ fn move_folders(parents: &[PathBuf], working: &AtomicBool, mut rng: Rng) -> io::
         let folder = format!("F{}", rng.below(FOLDERS));
         let to = rng.pick::<PathBuf>(parents).join(&folder);
         if let Some(from) = parents.iter().map(|p| p.join(&folder)).find(|p| p.exists())
-            && from != to {
-                fs::rename(from, to)?;
-                moved += 1;
-            }
+            && from != to
+        {
+            fs::rename(from, to)?;
+            moved += 1;
+        }
         // Leaves the disk to the writers most of the time.
         crate::gate::nap(std::time::Duration::from_micros(500));
     }

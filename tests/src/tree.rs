@@ -233,10 +233,11 @@ fn fields(s: &Entry, r: &Entry, rules: Rules, mut note: impl FnMut(&'static str,
         }
     }
     if let (Some(a), Some(b)) = (s.content, r.content)
-        && a != b {
-            let hex = |h: [u8; 32]| h[..6].iter().map(|b| format!("{b:02x}")).collect::<String>();
-            note("content", hex(a), hex(b));
-        }
+        && a != b
+    {
+        let hex = |h: [u8; 32]| h[..6].iter().map(|b| format!("{b:02x}")).collect::<String>();
+        note("content", hex(a), hex(b));
+    }
     if s.links != r.links {
         note("links", names(&s.links), names(&r.links));
     }
