@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -34,11 +35,12 @@ pub fn missing(need: Need<'_>) -> Option<String> {
             if let Some(why) = missing(Need::Root).or_else(|| missing(Need::Program("ip"))) {
                 return Some(why);
             }
-            let probe = format!("twb{}p", std::process::id());
-            let made = quiet("ip", &["netns", "add", &probe]);
-            if made {
-                quiet("ip", &["netns", "del", &probe]);
-            }
+            // Asked once a process: two tests that probe at the same moment must not meet.
+            static MADE: OnceLock<bool> = OnceLock::new();
+            let made = MADE.get_or_init(|| {
+                let probe = format!("twb{}p", std::process::id());
+                quiet("ip", &["netns", "add", &probe]) && quiet("ip", &["netns", "del", &probe])
+            });
             (!made).then(|| "needs the right to make network namespaces".to_owned())
         }
         Need::Dovecot => missing(Need::Root)
