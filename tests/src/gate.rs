@@ -52,7 +52,9 @@ pub fn missing(need: Need<'_>) -> Option<String> {
 
 /// Whether every need is met; says loudly what is not, and fails where `CI=true`. Use through [`require!`](crate::require).
 #[must_use]
-pub fn all_met(test: &str, needs: &[Need<'_>]) -> bool {
+pub fn all_met(needs: &[Need<'_>]) -> bool {
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
     let lacking: Vec<String> = needs.iter().filter_map(|n| missing(*n)).collect();
     if lacking.is_empty() {
         return true;
@@ -67,7 +69,7 @@ pub fn all_met(test: &str, needs: &[Need<'_>]) -> bool {
 #[macro_export]
 macro_rules! require {
     ($($need:expr),+ $(,)?) => {
-        if !$crate::gate::all_met(module_path!(), &[$($need),+]) {
+        if !$crate::gate::all_met(&[$($need),+]) {
             return;
         }
     };
