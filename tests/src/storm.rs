@@ -60,7 +60,7 @@ pub fn run(root: &Path, files: usize, seed: u64) -> io::Result<Done> {
         homes.push(home);
     }
     let mail = files / 5;
-    let share = (files - mail) / WRITERS;
+    let share = (files - mail).div_ceil(WRITERS);
     let working = AtomicBool::new(true);
     std::thread::scope(|scope| {
         let writers: Vec<_> = (0..WRITERS)

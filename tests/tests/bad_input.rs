@@ -1,9 +1,7 @@
-//! Everything wrong that can be given on the command line or lie on the disk: one clear message, a documented exit code, nothing lost,
-//! no panic.
+//! Everything wrong that `twinbox mirror` can be given or find on the disk: one clear message, a documented exit code, nothing lost, no
+//! panic. Configurations, pairing and other nodes stand in `bad_nodes.rs`.
 
-use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::net::UdpSocket;
 use std::os::unix::fs::{FileExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,46 +9,14 @@ use std::time::Duration;
 
 use twinbox_tests::gate::{Need, heavy, wait_until};
 use twinbox_tests::live::{Live, once, once_by, words};
-use twinbox_tests::node::{Node, Pair, Spec, code_in, free_udp, pair};
+use twinbox_tests::refusal::{refused, small_store};
 use twinbox_tests::require;
 use twinbox_tests::rng::Rng;
 use twinbox_tests::scratch::Scratch;
 use twinbox_tests::tree::{Depth, Layout, Rules, assert_identical, snapshot, wait_identical};
-use twinbox_tests::twinbox::{COMMAND_LIMIT, Ended, Program, by_signal};
+use twinbox_tests::twinbox::{COMMAND_LIMIT, Program};
 
 const NOBODY: u32 = 65_534;
-
-/// Every exit code the product's help lists: lines of a number and a meaning below "Exit codes".
-fn documented(scratch: &Scratch) -> Vec<i32> {
-    let help = Program::here().run("help", scratch.path(), ["--help"]).ok("--help").stdout;
-    let table = help.split("Exit codes").nth(1).unwrap_or_else(|| panic!("no exit codes in --help:\n{help}"));
-    table.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect()
-}
-
-/// One clear message that names each of `mentions`, a documented exit code that is not 0, no panic.
-#[track_caller]
-fn refused(ended: &Ended, scratch: &Scratch, mentions: &[&str]) {
-    assert!(!ended.panicked(), "{ended}");
-    assert!(!by_signal(ended.status), "ended by a signal: {ended}");
-    let code = ended.status.code().expect("an exit code");
-    assert_ne!(code, 0, "not refused: {ended}");
-    assert!(documented(scratch).contains(&code), "exit code {code} is not documented: {ended}");
-    assert!(!ended.stderr.trim().is_empty(), "no message: {ended}");
-    for word in mentions {
-        assert!(ended.stderr.to_lowercase().contains(&word.to_lowercase()), "the message does not say {word:?}: {ended}");
-    }
-}
-
-/// A source with a little mail, and a snapshot-able path.
-fn source(scratch: &Scratch) -> PathBuf {
-    let root = scratch.dir("source");
-    for n in 0..20 {
-        let dir = root.join(format!("user{n}/Maildir/new"));
-        fs::create_dir_all(&dir).unwrap();
-        fs::write(dir.join("1.M1.host"), Rng::new(n).bytes(500)).unwrap();
-    }
-    root
-}
 
 fn path_text(path: &Path) -> &str {
     path.to_str().expect("scratch paths are text")
@@ -69,7 +35,7 @@ fn no_such_root() {
 #[test]
 fn root_gone_since_last_time() {
     let scratch = Scratch::new("bad");
-    let (root, replica) = (source(&scratch), scratch.join("replica"));
+    let (root, replica) = (small_store(&scratch), scratch.join("replica"));
     once(&root, &replica, scratch.path(), Layout::Plain).ok("first");
     fs::rename(&root, scratch.join("moved")).unwrap();
     refused(&once(&root, &replica, scratch.path(), Layout::Plain), &scratch, &[path_text(&root)]);
@@ -80,7 +46,7 @@ fn root_gone_since_last_time() {
 #[test]
 fn another_root_under_the_same_path() {
     let scratch = Scratch::new("bad");
-    let (root, replica) = (source(&scratch), scratch.join("replica"));
+    let (root, replica) = (small_store(&scratch), scratch.join("replica"));
     once(&root, &replica, scratch.path(), Layout::Plain).ok("first");
     fs::rename(&root, scratch.join("moved")).unwrap();
     fs::create_dir(&root).unwrap();
@@ -100,7 +66,7 @@ fn root_is_a_file() {
 fn unreadable_root() {
     require!(Need::Root, Need::Program("setpriv"));
     let scratch = Scratch::new("bad");
-    let root = source(&scratch);
+    let root = small_store(&scratch);
     fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).unwrap();
     let home = scratch.dir_of("home", NOBODY);
     let user = Program::as_user(NOBODY, scratch.path());
@@ -111,7 +77,7 @@ fn unreadable_root() {
 #[test]
 fn one_inside_the_other() {
     let scratch = Scratch::new("bad");
-    let root = source(&scratch);
+    let root = small_store(&scratch);
     let before = snapshot(&root, Rules::of(Layout::Plain), Depth::Content).unwrap();
     symlink(&root, scratch.join("alias")).unwrap();
     let cases = [
@@ -134,7 +100,7 @@ fn one_inside_the_other() {
 #[test]
 fn state_inside_a_tree() {
     let scratch = Scratch::new("bad");
-    let root = source(&scratch);
+    let root = small_store(&scratch);
     let replica = scratch.join("replica");
     let mut words = words(&root, &replica, scratch.path(), Layout::Plain);
     *words.last_mut().unwrap() = root.join("state").into();
@@ -145,7 +111,7 @@ fn state_inside_a_tree() {
 #[test]
 fn unknown_layout() {
     let scratch = Scratch::new("bad");
-    let root = source(&scratch);
+    let root = small_store(&scratch);
     let replica = scratch.join("replica");
     let args = ["mirror", path_text(&root), path_text(&replica), "--layout", "maildri", "--once"];
     refused(&Program::here().run("mirror", scratch.path(), args), &scratch, &["maildri", "maildir", "mdbox"]);
@@ -154,7 +120,7 @@ fn unknown_layout() {
 #[test]
 fn replica_that_holds_something_else() {
     let scratch = Scratch::new("bad");
-    let (root, replica) = (source(&scratch), scratch.dir("replica"));
+    let (root, replica) = (small_store(&scratch), scratch.dir("replica"));
     fs::create_dir_all(replica.join("user1/Maildir/new")).unwrap();
     fs::write(replica.join("precious"), b"the only copy, absent from the source").unwrap();
     fs::write(replica.join("user1/Maildir/new/1.M1.host"), b"the only copy of an older text").unwrap();
@@ -181,7 +147,7 @@ fn kept(dir: &Path, content: &[u8]) -> bool {
 fn state_on_a_full_disk() {
     require!(Need::Root, Need::Program("mount"), Need::Program("unshare"));
     let scratch = Scratch::new("bad");
-    let (root, replica) = (source(&scratch), scratch.join("replica"));
+    let (root, replica) = (small_store(&scratch), scratch.join("replica"));
     let state = scratch.dir("mirror-state");
     let before = snapshot(&root, Rules::of(Layout::Plain), Depth::Content).unwrap();
     // A private mount, seen by this one process only; it ends with the process.
@@ -202,66 +168,9 @@ fn state_on_a_full_disk() {
     }
 }
 
-fn lone_node(scratch: &Scratch, program: Program) -> (Node, PathBuf) {
-    let root = source(scratch);
-    let spec = Spec { node: "alpha", role: "primary", mirror: "mail", root: &root, layout: Layout::Maildir, listen: free_udp() };
-    (Node::init(program, &scratch.join("alpha"), &spec), root)
-}
-
-#[test]
-fn port_taken() {
-    let scratch = Scratch::new("bad");
-    let root = source(&scratch);
-    let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let listen = taken.local_addr().unwrap();
-    let spec = Spec { node: "alpha", role: "primary", mirror: "mail", root: &root, layout: Layout::Maildir, listen };
-    let mut node = Node::init(Program::here(), &scratch.join("alpha"), &spec);
-    node.start();
-    let ended = node.agent.take().unwrap().end(COMMAND_LIMIT);
-    refused(&ended, &scratch, &[&listen.port().to_string()]);
-}
-
-#[test]
-fn config_with_an_unknown_key() {
-    let scratch = Scratch::new("bad");
-    let (mut node, _) = lone_node(&scratch, Program::here());
-    let text = fs::read_to_string(&node.config).unwrap();
-    assert!(text.contains("listen = "), "{text}");
-    fs::write(&node.config, text.replace("listen = ", "lissten = ")).unwrap();
-    node.start();
-    let ended = node.agent.take().unwrap().end(COMMAND_LIMIT);
-    refused(&ended, &scratch, &["lissten", "`listen`"]);
-    assert!(!ended.stderr.contains("RUST_BACKTRACE"), "{ended}");
-}
-
-#[test]
-fn config_missing_or_no_toml() {
-    let scratch = Scratch::new("bad");
-    let config = scratch.join("none.toml");
-    let args: [&OsStr; 3] = ["run".as_ref(), "--config".as_ref(), config.as_os_str()];
-    refused(&Program::here().run("run", scratch.path(), args), &scratch, &["none.toml"]);
-    for junk in [&b"[[[\n"[..], b"\xff\xfe\x00", b"", b"node = 7\n"] {
-        fs::write(&config, junk).unwrap();
-        refused(&Program::here().run("run", scratch.path(), args), &scratch, &["none.toml"]);
-    }
-}
-
-#[test]
-fn init_never_overwrites() {
-    let scratch = Scratch::new("bad");
-    let (node, root) = lone_node(&scratch, Program::here());
-    let before = fs::read(&node.config).unwrap();
-    let mode = fs::metadata(node.state.join("node.key")).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600, "the key's mode");
-    let spec = Spec { node: "omega", role: "primary", mirror: "mail", root: &root, layout: Layout::Maildir, listen: free_udp() };
-    let (_, ended) = Node::try_init(Program::here(), &scratch.join("alpha"), &spec);
-    refused(&ended, &scratch, &[]);
-    assert_eq!(before, fs::read(&node.config).unwrap());
-}
-
 /// The state database of a finished mirror, and the mirror.
 fn finished(scratch: &Scratch) -> (PathBuf, PathBuf, PathBuf) {
-    let (root, replica) = (source(scratch), scratch.join("replica"));
+    let (root, replica) = (small_store(scratch), scratch.join("replica"));
     once(&root, &replica, scratch.path(), Layout::Maildir).ok("first");
     let mut todo = vec![scratch.join("mirror-state")];
     let mut found = Vec::new();
@@ -312,7 +221,7 @@ fn state_of_a_newer_version() {
 fn too_few_watches() {
     require!(Need::Root, Need::Program("unshare"));
     let scratch = Scratch::new("bad");
-    let (root, replica) = (source(&scratch), scratch.join("replica"));
+    let (root, replica) = (small_store(&scratch), scratch.join("replica"));
     // A user namespace has a limit of its own; nothing else on the machine notices.
     let script = "echo 20 > /proc/sys/user/max_inotify_watches && exec \"$@\"";
     let few = Program::under(["unshare", "-Ur", "sh", "-c", script, "sh"]);
@@ -329,7 +238,7 @@ fn permission_denied_on_one_file() {
     require!(Need::Root, Need::Program("setpriv"));
     let _turn = heavy();
     let scratch = Scratch::new("bad");
-    let root = source(&scratch);
+    let root = small_store(&scratch);
     let chowned = Command::new("chown").args(["-R", "65534:65534"]).arg(&root).status();
     assert!(chowned.unwrap().success());
     let secret = root.join("user3/Maildir/new/1.M1.host");
@@ -358,7 +267,7 @@ fn permission_denied_on_one_file() {
 fn files_that_vanish_while_read() {
     let _turn = heavy();
     let scratch = Scratch::new("bad");
-    let root = source(&scratch);
+    let root = small_store(&scratch);
     let mut mirror = Live::start(&root, &scratch.join("replica"), scratch.path(), Layout::Maildir);
     let new = root.join("user1/Maildir/new");
     for n in 0..3_000 {
@@ -368,82 +277,4 @@ fn files_that_vanish_while_read() {
     }
     mirror.settle("after files came and went", Duration::from_secs(60));
     mirror.stop();
-}
-
-fn two_nodes(scratch: &Scratch) -> [Node; 2] {
-    let (root, replica) = (source(scratch), scratch.dir("replica"));
-    let first = Spec { node: "alpha", role: "primary", mirror: "mail", root: &root, layout: Layout::Maildir, listen: free_udp() };
-    let second = Spec { node: "beta", role: "standby", root: &replica, listen: free_udp(), ..first.clone() };
-    [Node::init(Program::here(), &scratch.join("alpha"), &first), Node::init(Program::here(), &scratch.join("beta"), &second)]
-}
-
-#[test]
-fn wrong_and_used_pairing_codes() {
-    let scratch = Scratch::new("bad");
-    let [alpha, beta] = two_nodes(&scratch);
-    for wrong in ["twinbox-pair:", "twinbox-pair:AAAA", "nonsense", "twinbox-pair:\u{fc}"] {
-        refused(&beta.command(&["pair", wrong]), &scratch, &[]);
-    }
-    let args: [OsString; 3] = ["pair".into(), "--config".into(), alpha.config.clone().into()];
-    let mut waiting = alpha.program.spawn("pair", &alpha.logs, args);
-    let code = waiting.wait_output(COMMAND_LIMIT, "a pairing code", code_in);
-    // One character of the secret changed: refused, and the true code still works.
-    let last = code.chars().last().unwrap();
-    let other = if last == 'A' { 'B' } else { 'A' };
-    let tampered = format!("{}{other}", &code[..code.len() - last.len_utf8()]);
-    refused(&beta.command(&["pair", &tampered]), &scratch, &[]);
-    waiting.assert_running();
-    beta.command(&["pair", &code]).ok("the true code");
-    waiting.end(COMMAND_LIMIT).ok("the waiting side");
-    refused(&beta.command(&["pair", &code]), &scratch, &[]);
-}
-
-#[test]
-fn a_peer_with_an_unknown_key_gets_nothing() {
-    let _turn = heavy();
-    let scratch = Scratch::new("bad");
-    let [mut alpha, mut beta] = two_nodes(&scratch);
-    pair(&alpha, &beta);
-    // Beta loses its key and makes another: the same name and address, a stranger all the same.
-    let [saved, spare] = [scratch.join("saved"), scratch.join("spare")];
-    fs::copy(&beta.config, &saved).unwrap();
-    let other =
-        Spec { node: "beta", role: "standby", mirror: "mail", root: &scratch.join("replica"), layout: Layout::Maildir, listen: free_udp() };
-    let stranger = Node::init(Program::here(), &spare, &other);
-    fs::copy(stranger.state.join("node.key"), beta.state.join("node.key")).unwrap();
-    alpha.start();
-    beta.start();
-    // What refuses says so; looked for rather than waited out.
-    wait_until(Duration::from_secs(30), "a refusal to be reported", || {
-        [&mut alpha, &mut beta].into_iter().any(|node| {
-            let process = node.agent();
-            let said = process.stdout() + &process.stderr();
-            process.try_wait().is_some() || ["key", "fingerprint", "certificate"].iter().any(|w| said.contains(w))
-        })
-    });
-    let status = alpha.status().expect("the primary goes on");
-    assert!(status.said.mirrors.iter().all(|m| m.state != "protected" && m.peers.iter().all(|p| !p.connected)), "{status:?}");
-    assert!(fs::read_dir(scratch.join("replica")).unwrap().next().is_none(), "a stranger was given mail");
-}
-
-#[test]
-fn status_without_an_agent() {
-    let scratch = Scratch::new("bad");
-    let (node, _) = lone_node(&scratch, Program::here());
-    refused(&node.command(&["status"]), &scratch, &[]);
-    refused(&node.command(&["status", "--json"]), &scratch, &[]);
-}
-
-#[test]
-fn a_second_agent_on_the_same_state() {
-    let _turn = heavy();
-    let scratch = Scratch::new("bad");
-    let (root, replica) = (source(&scratch), scratch.dir("replica"));
-    let mut pair = Pair::on_loopback(scratch.path(), &root, &replica, Layout::Maildir);
-    pair.wait_drained(Duration::from_secs(60));
-    let second = pair.primary.command(&["run"]);
-    refused(&second, &scratch, &[]);
-    pair.primary.stop();
-    pair.standby.stop();
-    assert_identical(&root, &replica, Rules::of(Layout::Maildir));
 }
