@@ -101,6 +101,20 @@ pub enum RoleError {
     /// Randomness.
     #[error("no randomness from the kernel: {0}")]
     Random(rustix::io::Errno),
+    /// Another directory lies under the mirror's path than the state was made for.
+    #[error(
+        "mirror `{mirror}`: {path} is not the directory this state was made for (another file system mounted, or the directory made anew): put the right one back, or take this one over with --adopt; nothing was changed",
+        path = path.display()
+    )]
+    OtherRoot {
+        /// Which.
+        mirror: String,
+        /// Where.
+        path: PathBuf,
+    },
+    /// The state directory was made on another machine.
+    #[error("this state directory was made on another machine (its machine-id differs): a copied state must not run twice; set this node up anew with `twinbox init`, or take it over with --adopt")]
+    OtherMachine {},
     /// Making directories.
     #[error("state directory {path}: {source}", path = path.display())]
     Dir {
@@ -119,6 +133,29 @@ pub fn random<const N: usize>() -> Result<[u8; N], RoleError> {
     let mut bytes = [0; N];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(RoleError::Random)?;
     Ok(bytes)
+}
+
+/// Notes which directory and machine the state is made for, and refuses any other until it is adopted.
+fn bind_root(state: &NodeState, spec: &MirrorSpec) -> Result<(), RoleError> {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(meta) = std::fs::metadata(&spec.root) else { return Ok(()) }; // Said by whoever opens it.
+    let made = meta.created().ok().and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos());
+    let identity = format!("{}:{made}", meta.ino());
+    let key = format!("root:{}", spec.name);
+    match state.value(&key)? {
+        Some(known) if known != identity && !spec.adopt => {
+            return Err(RoleError::OtherRoot { mirror: spec.name.clone(), path: spec.root.clone() });
+        }
+        Some(known) if known == identity => {}
+        _ => state.set_value(&key, &identity)?,
+    }
+    let machine = std::fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()).unwrap_or_default();
+    match state.value("machine-id")? {
+        Some(known) if !machine.is_empty() && known != machine && !spec.adopt => Err(RoleError::OtherMachine {}),
+        Some(known) if known == machine => Ok(()),
+        _ if machine.is_empty() => Ok(()),
+        _ => Ok(state.set_value("machine-id", &machine)?),
+    }
 }
 
 struct Primary {
@@ -168,6 +205,7 @@ impl Roles {
             let mirror_dir = state_dir.join("mirrors").join(&spec.name);
             std::fs::create_dir_all(&mirror_dir).map_err(|source| RoleError::Dir { path: mirror_dir.clone(), source })?;
             let known = state.mirror(&spec.name)?;
+            bind_root(&state, &spec)?;
             match known.as_ref().map_or(spec.role, |k| k.role) {
                 Role::Primary => {
                     let history = match known {

@@ -78,6 +78,22 @@ impl NodeState {
         result.map_err(|error| StateError::from_sqlite(&self.path, &error, ADVICE))
     }
 
+    /// A value of the node itself.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn value(&self, key: &str) -> Result<Option<String>, StateError> {
+        self.sorted(self.db.query_row("SELECT value FROM node WHERE key = ?1", [key], |row| row.get(0)).optional())
+    }
+
+    /// Stores a value of the node itself; durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn set_value(&self, key: &str, value: &str) -> Result<(), StateError> {
+        self.sorted(self.db.execute("INSERT OR REPLACE INTO node VALUES (?1, ?2)", params![key, value])).map(|_| ())
+    }
+
     /// What is known of a mirror.
     ///
     /// # Errors

@@ -1,0 +1,9 @@
+//! The commands, one a file.
+
+pub mod compare;
+pub mod demo;
+pub mod init;
+pub mod mirror;
+pub mod pair;
+pub mod run;
+pub mod status;

@@ -1,0 +1,214 @@
+//! `twinbox run`: the agent in the foreground, from a configuration.
+//!
+//! SIGTERM and SIGINT drain and stop; SIGHUP and `twinbox reload` read again what can change: peers, exclusions, groups. Speaks to systemd by `sd_notify`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::admin::{AdminServer, Request, Response};
+use crate::capture::Command;
+use crate::cli::Run;
+use crate::config::{Config, Role};
+use crate::exit::ExitCode;
+use crate::failure::Failure;
+use crate::net::{Endpoint, Fingerprint, NodeKey, PinnedPeers, Tuning};
+use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
+use crate::status::{SCHEMA, Status};
+
+/// How long a stop waits for what is under way.
+const DRAIN: Duration = Duration::from_secs(15);
+
+fn mirrors(config: &Config, adopt: &[String]) -> Vec<MirrorSpec> {
+    let spec = |mirror: &crate::config::Mirror| MirrorSpec {
+        name: mirror.name.as_str().into(),
+        root: mirror.root.clone(),
+        layout: mirror.layout.as_str().into(),
+        role: match mirror.role {
+            Role::Primary => twinbox_resync::node::Role::Primary,
+            Role::Standby => twinbox_resync::node::Role::Standby,
+        },
+        selection: mirror.selection(),
+        grouping: mirror.grouping(),
+        adopt: adopt.iter().any(|name| name == mirror.name.as_str()),
+        sweep: (!mirror.sweep_interval.is_zero()).then_some(mirror.sweep_interval),
+    };
+    config.mirrors.iter().map(spec).collect()
+}
+
+fn peers(config: &Config) -> Result<Vec<PeerSpec>, Failure> {
+    let mut out = vec![];
+    for peer in &config.peers {
+        let Some(text) = &peer.fingerprint else {
+            tracing::warn!(peer = %peer.node, "peer has no key yet: run `twinbox pair`");
+            continue;
+        };
+        let fingerprint: Fingerprint = text.parse().map_err(|error| {
+            Failure::new(ExitCode::Config, format!("[[peer]] `{}`: fingerprint: {error}; pair the nodes again", peer.node))
+        })?;
+        out.push(PeerSpec { node: peer.node.as_str().into(), addresses: peer.addresses.clone(), fingerprint });
+    }
+    Ok(out)
+}
+
+fn pin(pins: &PinnedPeers, peers: &[PeerSpec]) -> Result<(), Failure> {
+    let all: BTreeMap<_, _> = peers.iter().map(|p| (p.fingerprint, p.node.clone())).collect();
+    pins.replace(all).map_err(|error| Failure::new(ExitCode::Config, error.to_string()))
+}
+
+struct Agent {
+    path: std::path::PathBuf,
+    pins: PinnedPeers,
+    endpoints: Vec<Endpoint>,
+    roles: Mutex<Roles>,
+    node: String,
+    started: Instant,
+}
+
+impl Agent {
+    async fn reload(&self) -> Result<(), Failure> {
+        let config = Config::load(&self.path)?;
+        let peers = peers(&config)?;
+        pin(&self.pins, &peers)?;
+        let mut roles = self.roles.lock().await;
+        roles.connect(&peers, &self.endpoints);
+        roles.reselect(&mirrors(&config, &[]));
+        tracing::info!(peers = peers.len(), "configuration read again");
+        Ok(())
+    }
+
+    async fn status(&self) -> Status {
+        Status {
+            schema: SCHEMA,
+            node: self.node.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            mirrors: self.roles.lock().await.status(),
+        }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Failure`].
+pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
+    let config = Config::load(&args.file.config)?;
+    for mirror in &config.mirrors {
+        check_root(&mirror.root)?;
+    }
+    let server = AdminServer::bind(&config.state)?;
+    let key = NodeKey::load(&config.state.join("node.key"))?;
+    let pins = PinnedPeers::new();
+    let peers = peers(&config)?;
+    pin(&pins, &peers)?;
+    let mut endpoints = vec![];
+    for addr in &config.listen {
+        endpoints.push(Endpoint::bind(Some(*addr), key.clone(), pins.clone(), Tuning::default())?);
+    }
+    let adopt: Vec<String> = args.adopt.iter().map(|name| name.as_str().to_owned()).collect();
+    let bounds = Bounds {
+        window_bytes: ((config.limits.memory_mib as usize) << 20) / 8,
+        dirty_max: config.limits.dirty_paths_max as usize,
+        redo_max: config.limits.redo_max_mib << 20,
+    };
+    let roles = tokio::task::block_in_place(|| {
+        Roles::start(config.node.as_str(), &config.state, mirrors(&config, &adopt), &peers, &endpoints, bounds)
+    })?;
+    let agent = Arc::new(Agent {
+        path: args.file.config.clone(),
+        pins,
+        endpoints,
+        roles: Mutex::new(roles),
+        node: config.node.as_str().into(),
+        started: Instant::now(),
+    });
+    let failed = |error: std::io::Error| Failure::io("signals", &error);
+    let (mut term, mut int, mut hup) = (
+        signal(SignalKind::terminate()).map_err(failed)?,
+        signal(SignalKind::interrupt()).map_err(failed)?,
+        signal(SignalKind::hangup()).map_err(failed)?,
+    );
+    let (ask_stop, mut stop_asked) = mpsc::channel::<()>(1);
+    let (end_server, server_ends) = oneshot::channel::<()>();
+    let handler = {
+        let agent = agent.clone();
+        move |request: Request| {
+            let (agent, ask_stop) = (agent.clone(), ask_stop.clone());
+            async move {
+                match request {
+                    Request::Status => Response::Ok(serde_json::to_value(agent.status().await).unwrap_or_default()),
+                    Request::Reload => match agent.reload().await {
+                        Ok(()) => Response::done(),
+                        Err(failure) => Response::error("reload", failure.message),
+                    },
+                    Request::Stop => {
+                        let _ = ask_stop.try_send(());
+                        Response::done()
+                    }
+                    _ => Response::done(),
+                }
+            }
+        }
+    };
+    let serving = tokio::spawn(server.serve(handler, async {
+        let _ = server_ends.await;
+    }));
+    let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("running")]);
+    tracing::info!(node = %agent.node, mirrors = config.mirrors.len(), peers = peers.len(), "twinbox is running");
+    let mut check = tokio::time::interval(Duration::from_secs(1));
+    let mut ended = None;
+    loop {
+        tokio::select! {
+            _ = term.recv() => break,
+            _ = int.recv() => break,
+            _ = stop_asked.recv() => break,
+            _ = hup.recv() => {
+                if let Err(failure) = agent.reload().await {
+                    tracing::error!(error = %failure, "configuration not taken over; the old one stays");
+                }
+            }
+            _ = check.tick() => {
+                let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+                let captures = agent.roles.lock().await.captures();
+                if let Some((mirror, why)) = captures.into_iter().find_map(|(name, c)| Some((name, c.status().failed?))) {
+                    ended = Some(Failure::new(super::mirror::code_of_stop(&why), format!("mirror `{mirror}`: {why}")));
+                    break;
+                }
+            }
+        }
+    }
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    tracing::info!("stopping: finishing what is under way");
+    let captures = agent.roles.lock().await.captures();
+    for (mirror, capture) in captures {
+        if capture.status().connected && !matches!(timeout(DRAIN, capture.ask(Command::Sync)).await, Ok(Some(()))) {
+            tracing::warn!(mirror, "stopped before everything had arrived; it is found again at the next start");
+        }
+    }
+    {
+        let mut roles = agent.roles.lock().await;
+        tokio::task::block_in_place(|| roles.stop());
+    }
+    let _ = end_server.send(());
+    let _ = serving.await;
+    match ended {
+        Some(failure) => Err(failure),
+        None => Ok(ExitCode::Ok),
+    }
+}
+
+fn check_root(root: &Path) -> Result<(), Failure> {
+    match std::fs::metadata(root) {
+        Ok(meta) if meta.is_dir() => Ok(()),
+        Ok(_) => Err(Failure::new(ExitCode::BadPath, format!("root {}: not a directory", root.display()))),
+        Err(error) => Err(Failure::io(&format!("root {}", root.display()), &error)),
+    }
+}

@@ -1,0 +1,138 @@
+//! How a command ends when it cannot do its work: one message for people and a documented exit code.
+//!
+//! Every error type of the agent that can end a command is sorted here, in one place.
+
+use std::fmt;
+use std::io;
+
+use crate::admin::AdminError;
+use crate::capture::CaptureError;
+use crate::capture::watch::WatchError;
+use crate::config::ConfigError;
+use crate::exit::ExitCode;
+use crate::net::{BindError, IdentityError};
+use crate::roles::RoleError;
+use crate::standby::StandbyError;
+use twinbox_resync::schema::StateError;
+
+/// The end of a command.
+#[derive(Debug)]
+pub struct Failure {
+    /// Exit code.
+    pub code: ExitCode,
+    /// What happened, where, and what to do.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with this code and text.
+    pub fn new(code: ExitCode, message: impl Into<String>) -> Self {
+        Failure { code, message: message.into() }
+    }
+
+    /// An error of the system at a path.
+    #[must_use]
+    pub fn io(what: &str, error: &io::Error) -> Self {
+        Failure::new(of_io(error), format!("{what}: {error}"))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+fn of_io(error: &io::Error) -> ExitCode {
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ExitCode::BadPath,
+        io::ErrorKind::PermissionDenied => ExitCode::Permission,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::ReadOnlyFilesystem => ExitCode::Io,
+        _ => ExitCode::Failure,
+    }
+}
+
+fn of_state(error: &StateError) -> ExitCode {
+    match error {
+        StateError::Disk { .. } => ExitCode::Io,
+        _ => ExitCode::State,
+    }
+}
+
+fn of_capture(error: &CaptureError) -> ExitCode {
+    match error {
+        CaptureError::Root { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => ExitCode::Permission,
+        CaptureError::Root { .. } | CaptureError::RootGone { .. } => ExitCode::BadPath,
+        CaptureError::Watch(WatchError::Limit { .. } | WatchError::Instances { .. }) => ExitCode::Watches,
+        CaptureError::State(error) => of_state(error),
+        CaptureError::Io(error) => of_io(error),
+        _ => ExitCode::Failure,
+    }
+}
+
+/// Sorts a standby's error.
+fn of_standby(error: &StandbyError) -> ExitCode {
+    match error {
+        StandbyError::State(error) => of_state(error),
+        StandbyError::Root { source, .. } => match of_io(source) {
+            ExitCode::Failure => ExitCode::BadPath,
+            other => other,
+        },
+        StandbyError::NotEmpty { .. } => ExitCode::BadPath,
+        StandbyError::Io { source, .. } => of_io(source),
+        _ => ExitCode::Io,
+    }
+}
+
+impl From<RoleError> for Failure {
+    fn from(error: RoleError) -> Self {
+        let code = match &error {
+            RoleError::Capture { source, .. } => of_capture(source),
+            RoleError::Standby { source, .. } => of_standby(source),
+            RoleError::State(error) => of_state(error),
+            RoleError::Dir { source, .. } => of_io(source),
+            RoleError::OtherRoot { .. } => ExitCode::BadPath,
+            RoleError::OtherMachine { .. } => ExitCode::State,
+            RoleError::Random(_) => ExitCode::Failure,
+        };
+        Failure::new(code, error.to_string())
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Failure::new(error.exit_code(), error.to_string())
+    }
+}
+
+impl From<AdminError> for Failure {
+    fn from(error: AdminError) -> Self {
+        Failure::new(error.exit_code(), error.to_string())
+    }
+}
+
+impl From<IdentityError> for Failure {
+    fn from(error: IdentityError) -> Self {
+        let code = match &error {
+            IdentityError::Io { source, .. } => of_io(source),
+            _ => ExitCode::State,
+        };
+        Failure::new(code, error.to_string())
+    }
+}
+
+impl From<BindError> for Failure {
+    fn from(error: BindError) -> Self {
+        let code = match &error {
+            BindError::InUse { .. } | BindError::NotLocal { .. } => ExitCode::Listen,
+            _ => ExitCode::Failure,
+        };
+        Failure::new(code, error.to_string())
+    }
+}
+
+impl From<StateError> for Failure {
+    fn from(error: StateError) -> Self {
+        Failure::new(of_state(&error), error.to_string())
+    }
+}
