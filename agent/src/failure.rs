@@ -73,13 +73,11 @@ fn of_capture(error: &CaptureError) -> ExitCode {
 /// Sorts a standby's error.
 fn of_standby(error: &StandbyError) -> ExitCode {
     match error {
-        StandbyError::State(error) => of_state(error),
-        StandbyError::Root { source, .. } => match of_io(source) {
-            ExitCode::Failure => ExitCode::BadPath,
-            other => other,
-        },
-        StandbyError::NotEmpty { .. } => ExitCode::BadPath,
-        StandbyError::Io { source, .. } => of_io(source),
+        StandbyError::State { .. } | StandbyError::Redo { .. } => ExitCode::State,
+        StandbyError::Root { detail, .. } if detail.contains("ermission denied") => ExitCode::Permission,
+        StandbyError::Root { .. } | StandbyError::NotEmpty { .. } | StandbyError::Vanished { .. } | StandbyError::OtherRoot { .. } => {
+            ExitCode::BadPath
+        }
         _ => ExitCode::Io,
     }
 }

@@ -42,11 +42,7 @@ pub struct LocalSpec {
 
 fn real(path: &Path, what: &str) -> Result<PathBuf, Failure> {
     let real = std::fs::canonicalize(path).map_err(|error| Failure::io(&format!("{what} {}", path.display()), &error))?;
-    if real.is_dir() {
-        Ok(real)
-    } else {
-        Err(Failure::new(ExitCode::BadPath, format!("{what} {}: not a directory", path.display())))
-    }
+    if real.is_dir() { Ok(real) } else { Err(Failure::new(ExitCode::BadPath, format!("{what} {}: not a directory", path.display()))) }
 }
 
 /// Refuses places that lie in each other.
@@ -113,8 +109,7 @@ impl LocalPair {
         let bounds = Bounds::default();
         let peer = PeerSpec { node: "standby".into(), addresses: vec![addr], fingerprint: sk.fingerprint() };
         let standby = Roles::start("standby", &s, vec![mirror(Role::Standby, &replica)], &[], std::slice::from_ref(&listener), bounds)?;
-        let primary =
-            Roles::start("primary", &p, vec![mirror(Role::Primary, &source)], &[peer], std::slice::from_ref(&dialler), bounds)?;
+        let primary = Roles::start("primary", &p, vec![mirror(Role::Primary, &source)], &[peer], std::slice::from_ref(&dialler), bounds)?;
         Ok(LocalPair { primary, standby, _endpoints: vec![listener, dialler], _lock: lock })
     }
 

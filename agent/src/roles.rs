@@ -113,7 +113,9 @@ pub enum RoleError {
         path: PathBuf,
     },
     /// The state directory was made on another machine.
-    #[error("this state directory was made on another machine (its machine-id differs): a copied state must not run twice; set this node up anew with `twinbox init`, or take it over with --adopt")]
+    #[error(
+        "this state directory was made on another machine (its machine-id differs): a copied state must not run twice; set this node up anew with `twinbox init`, or take it over with --adopt"
+    )]
     OtherMachine {},
     /// Making directories.
     #[error("state directory {path}: {source}", path = path.display())]
@@ -242,15 +244,7 @@ impl Roles {
                     let mirror = spec.name.clone();
                     let capture = Capture::start(config).map_err(|source| RoleError::Capture { mirror, source })?;
                     let link = Arc::default();
-                    roles.primaries.push(Primary {
-                        spec,
-                        history,
-                        link,
-                        paths: vec![],
-                        task: None,
-                        rates: Mutex::default(),
-                        capture,
-                    });
+                    roles.primaries.push(Primary { spec, history, link, paths: vec![], task: None, rates: Mutex::default(), capture });
                 }
                 Role::Standby => {
                     let (state_dir, name) = (state_dir.to_path_buf(), spec.name.clone());
@@ -486,7 +480,7 @@ fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatu
         root: replica.spec.root.display().to_string(),
         epoch: history.as_ref().map_or(0, |h| h.epoch.0),
         generation: history.map_or_else(String::new, |h| h.generation.to_string()),
-        lsn: Lsns { captured: now.durable.0, durable: now.durable.0, applied: now.applied.0 },
+        lsn: Lsns { captured: now.durable.lsn.0, durable: now.durable.lsn.0, applied: now.applied.0 },
         lag_ms: None,
         bound_ms: None,
         pending: Pending::default(),
@@ -498,7 +492,11 @@ fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatu
         unreadable: Unreadable::default(),
         lost_metadata: now.lost_metadata.clone(),
         sync: None,
-        last_error: seen.diverged.map(|message| (SystemTime::now(), message)).map(|e| last_error(Some(e))).unwrap_or(last_error(now.last_error)),
+        last_error: seen
+            .diverged
+            .map(|message| (SystemTime::now(), message))
+            .map(|e| last_error(Some(e)))
+            .unwrap_or(last_error(now.last_error)),
         unprotected_since: None,
     }
 }

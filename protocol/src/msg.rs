@@ -122,7 +122,7 @@ pub enum RefuseCode {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ToStandby {
     /// First message.
-    Hello(Hello),
+    Hello(Box<Hello>),
     /// Send manifest rows: those changed after an LSN, or all.
     Pull {
         /// `None`: all.
@@ -155,7 +155,7 @@ pub enum ToStandby {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ToPrimary {
     /// Answer to the hello.
-    Welcome(Welcome),
+    Welcome(Box<Welcome>),
     /// No. The stream ends after it.
     Refuse {
         /// Kind.

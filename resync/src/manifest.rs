@@ -474,7 +474,8 @@ impl Rows for Manifest {
 
     fn below(&self, dir: &RelPath) -> Result<Vec<(RelPath, Row)>, RowError> {
         let (low, high) = dir.below().unwrap_or((vec![], vec![0xff; 8]));
-        let read = || -> rusqlite::Result<Vec<(Vec<u8>, Vec<u8>, Row)>> {
+        type Keyed = (Vec<u8>, Vec<u8>, Row);
+        let read = || -> rusqlite::Result<Vec<Keyed>> {
             let mut statement = self.db.prepare_cached(
                 "SELECT dir, name, entry, ino, ctime_s, ctime_ns FROM file WHERE (dir = ?1 OR (dir >= ?2 AND dir < ?3)) AND name != x''",
             )?;

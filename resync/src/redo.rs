@@ -411,7 +411,7 @@ impl RedoReader {
     ///
     /// # Errors
     /// [`RedoError`].
-    pub fn next(&mut self) -> Result<Option<Record>, RedoError> {
+    pub fn next_record(&mut self) -> Result<Option<Record>, RedoError> {
         loop {
             if let Some(segment) = &mut self.segment {
                 match segment.next()? {
@@ -457,7 +457,7 @@ mod tests {
 
     fn lsns(dir: &Path, after: u64) -> Vec<u64> {
         let mut reader = RedoReader::new(dir, Lsn(after));
-        std::iter::from_fn(|| reader.next().unwrap()).map(|r| r.frame.lsn.0).collect()
+        std::iter::from_fn(|| reader.next_record().unwrap()).map(|r| r.frame.lsn.0).collect()
     }
 
     #[test]
@@ -514,15 +514,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut log = RedoLog::open(dir.path(), Position::START).unwrap();
         let mut reader = RedoReader::new(dir.path(), Lsn(0));
-        assert!(reader.next().unwrap().is_none());
+        assert!(reader.next_record().unwrap().is_none());
         for lsn in 1..=6 {
             if lsn % 2 == 0 {
                 log.written = SEGMENT_BYTES;
             }
             log.append(&record(lsn, 0, true)).unwrap();
             log.sync().unwrap();
-            assert_eq!(reader.next().unwrap().unwrap().frame.lsn, Lsn(lsn));
-            assert!(reader.next().unwrap().is_none());
+            assert_eq!(reader.next_record().unwrap().unwrap().frame.lsn, Lsn(lsn));
+            assert!(reader.next_record().unwrap().is_none());
         }
         assert_eq!(segments(dir.path()).unwrap().len(), 4);
         assert_eq!(log.drop_up_to(Lsn(4)).unwrap(), 2);

@@ -31,7 +31,8 @@ fn failed(what: &Path) -> impl Fn(std::io::Error) -> Failure + '_ {
 fn message(n: u64) -> Vec<u8> {
     let mut noise = vec![0; 700 + (n as usize * 7919) % 22_000];
     blake3::Hasher::new().update(&n.to_le_bytes()).finalize_xof().fill(&mut noise);
-    let mut text = format!("From: demo@example.org\r\nTo: user@example.org\r\nSubject: message {n}\r\nMIME-Version: 1.0\r\n\r\n").into_bytes();
+    let mut text =
+        format!("From: demo@example.org\r\nTo: user@example.org\r\nSubject: message {n}\r\nMIME-Version: 1.0\r\n\r\n").into_bytes();
     for line in data_encoding::BASE64.encode(&noise).as_bytes().chunks(76) {
         text.extend_from_slice(line);
         text.extend_from_slice(b"\r\n");
@@ -136,8 +137,7 @@ pub async fn run(args: &Demo, quiet: bool) -> Result<ExitCode, Failure> {
     let wire = pair.status().map_or(0, |s| s.totals.wire_sent);
     tokio::task::block_in_place(|| pair.stop());
     let selection = Selection::new(Layout::Maildir, vec![]);
-    let (a, b) =
-        (compare::snapshot(&compare::open(&source)?, &selection)?, compare::snapshot(&compare::open(&replica)?, &selection)?);
+    let (a, b) = (compare::snapshot(&compare::open(&source)?, &selection)?, compare::snapshot(&compare::open(&replica)?, &selection)?);
     let found = compare::differences(&a, &b);
     lags.sort();
     say(format!(
@@ -155,7 +155,10 @@ pub async fn run(args: &Demo, quiet: bool) -> Result<ExitCode, Failure> {
         for (path, what) in found.iter().take(10) {
             eprintln!("differs: {path}: {what}");
         }
-        eprintln!("Both sides compared: {} differences, {lost} deliveries not seen in time. This is a defect: please report it.", found.len());
+        eprintln!(
+            "Both sides compared: {} differences, {lost} deliveries not seen in time. This is a defect: please report it.",
+            found.len()
+        );
         ExitCode::Differs
     };
     if args.keep {

@@ -79,7 +79,9 @@ pub async fn run(args: &Mirror, quiet: bool) -> Result<ExitCode, Failure> {
     let started = Instant::now();
     let pair = tokio::task::block_in_place(|| LocalPair::start(&spec))?;
     if !rustix::process::geteuid().is_root() && !quiet {
-        eprintln!("Running as an ordinary user: ownership is not kept, and files of other users that are held open are watched less strictly.");
+        eprintln!(
+            "Running as an ordinary user: ownership is not kept, and files of other users that are held open are watched less strictly."
+        );
     }
     let total = Arc::new(Total::default());
     {
@@ -170,7 +172,8 @@ pub fn code_of_stop(why: &str) -> ExitCode {
 }
 
 fn bar(hidden: bool) -> ProgressBar {
-    let target = if hidden || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(5) };
+    let target =
+        if hidden || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(5) };
     let bar = ProgressBar::with_draw_target(Some(0), target);
     if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
         bar.set_style(style);

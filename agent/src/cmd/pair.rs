@@ -89,7 +89,9 @@ pub async fn run(args: &Pair) -> Result<ExitCode, Failure> {
 }
 
 fn name(peer: &PairedPeer) -> Result<crate::names::NodeName, Failure> {
-    peer.node.parse().map_err(|_| Failure::new(ExitCode::Peer, format!("the other node calls itself `{}`, which is no node name", peer.node)))
+    peer.node
+        .parse()
+        .map_err(|_| Failure::new(ExitCode::Peer, format!("the other node calls itself `{}`, which is no node name", peer.node)))
 }
 
 async fn host(args: &Pair, config: &Config, key: NodeKey, pins: PinnedPeers, mine: Vec<SocketAddr>) -> Result<PairedPeer, Failure> {

@@ -158,9 +158,12 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             }
         }
     };
-    let serving = tokio::spawn(server.serve(handler, async {
-        let _ = server_ends.await;
-    }));
+    let serving = tokio::spawn(async move {
+        let until = async {
+            let _ = server_ends.await;
+        };
+        server.serve(handler, until).await
+    });
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("running")]);
     tracing::info!(node = %agent.node, mirrors = config.mirrors.len(), peers = peers.len(), "twinbox is running");
     let mut check = tokio::time::interval(Duration::from_secs(1));

@@ -88,7 +88,9 @@ pub async fn run(mirror: String, paths: Arc<Paths>, capture: CaptureHandle, shar
                 }
                 if link.last_error.as_ref() != Some(&text) {
                     match error {
-                        SessionError::Diverged(_) | SessionError::Refused(_) => tracing::error!(mirror, error = %text, "replication refused"),
+                        SessionError::Diverged(_) | SessionError::Refused(_) => {
+                            tracing::error!(mirror, error = %text, "replication refused")
+                        }
                         _ => tracing::warn!(mirror, error = %text, "session ended"),
                     }
                 }
@@ -119,11 +121,13 @@ async fn session(
     let (mut send, recv) = connection.open_bi().await?;
     let mut control = FrameReader::<ToPrimary>::new(recv, CONTROL_MAX);
     let hello = capture.ask(Command::Hello).await.ok_or(SessionError::Ended)?;
-    write_frame(&mut send, &ToStandby::Hello(hello)).await?;
+    write_frame(&mut send, &ToStandby::Hello(Box::new(hello))).await?;
     let welcome = loop {
         match answer(&mut control).await? {
             ToPrimary::Welcome(welcome) => break welcome,
-            ToPrimary::Refuse { code: twinbox_protocol::msg::RefuseCode::Diverged, message } => return Err(SessionError::Diverged(message)),
+            ToPrimary::Refuse { code: twinbox_protocol::msg::RefuseCode::Diverged, message } => {
+                return Err(SessionError::Diverged(message));
+            }
             ToPrimary::Refuse { message, .. } => return Err(SessionError::Refused(message)),
             ToPrimary::Heartbeat { .. } => {}
             _ => return Err(SessionError::OutOfTurn),
@@ -131,13 +135,17 @@ async fn session(
     };
     let skew = (welcome.wall_ns - wall_ns()) / 1_000_000;
     if skew.unsigned_abs() > SKEW_REPORTED.as_millis() as u64 {
-        tracing::warn!(mirror, skew_ms = skew, "the standby's clock differs from ours: set both by NTP, or times in reports will not match");
+        tracing::warn!(
+            mirror,
+            skew_ms = skew,
+            "the standby's clock differs from ours: set both by NTP, or times in reports will not match"
+        );
     }
     if let Ok(mut link) = shared.lock() {
         link.version = Some(welcome.software.clone());
         link.skew_ms = Some(skew);
     }
-    let mut step = ask_step(capture, |reply| Command::Welcome(Box::new(welcome), reply)).await?;
+    let mut step = ask_step(capture, |reply| Command::Welcome(welcome, reply)).await?;
     let (from, reset) = loop {
         match step {
             Step::Begin { from, reset } => break (from, reset),
@@ -286,4 +294,3 @@ async fn send_objects(mirror: &str, connection: &quinn::Connection, mut objects:
     }
     Ok(())
 }
-

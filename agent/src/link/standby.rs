@@ -128,7 +128,8 @@ impl Server {
         let Some(ToStandby::Hello(hello)) = first else { return Err(ServeError::Protocol("no hello first")) };
         let refuse = |code, message: String| ToPrimary::Refuse { code, message };
         let Some(served) = self.mirrors.get(&hello.mirror) else {
-            let message = format!("node `{}` is not standby of a mirror named `{}`: check [[mirror]] in its configuration", self.node, hello.mirror);
+            let message =
+                format!("node `{}` is not standby of a mirror named `{}`: check [[mirror]] in its configuration", self.node, hello.mirror);
             write_frame(&mut send, &refuse(RefuseCode::NoSuchMirror, message)).await?;
             let _ = send.finish();
             return Ok(());
@@ -155,7 +156,7 @@ impl Server {
             replica,
             wall_ns: wall_ns(),
         };
-        write_frame(&mut send, &ToPrimary::Welcome(welcome)).await?;
+        write_frame(&mut send, &ToPrimary::Welcome(Box::new(welcome))).await?;
 
         let (out, mut words) = mpsc::unbounded_channel();
         let mut session: Option<Arc<Session>> = None;
@@ -259,7 +260,8 @@ impl Server {
         let state = NodeState::open(&self.state_dir).and_then(|node| node.mirror(&hello.mirror)).map_err(|e| failed(&e))?;
         if let Some(state) = &state {
             if state.role == Role::Primary {
-                let message = format!("node `{}` is itself primary of mirror `{}`; two primaries are never joined", self.node, hello.mirror);
+                let message =
+                    format!("node `{}` is itself primary of mirror `{}`; two primaries are never joined", self.node, hello.mirror);
                 return Err((RefuseCode::Diverged, message));
             }
             if state.generation != hello.generation {
@@ -297,7 +299,8 @@ impl Server {
 
 /// One log or bulk stream.
 async fn data(mut recv: quinn::RecvStream, sessions: &Sessions) -> Result<(), ServeError> {
-    let head = timeout(HEAD_WITHIN, read_frame::<StreamHead>(&mut recv, 4096)).await.map_err(|_| ServeError::Protocol("silent stream"))??;
+    let head =
+        timeout(HEAD_WITHIN, read_frame::<StreamHead>(&mut recv, 4096)).await.map_err(|_| ServeError::Protocol("silent stream"))??;
     let (StreamHead::Log { mirror } | StreamHead::Bulk { mirror, .. }) = &head;
     let session = sessions.lock().ok().and_then(|all| all.get(mirror).cloned());
     let Some(session) = session else {

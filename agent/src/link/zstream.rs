@@ -132,7 +132,8 @@ mod tests {
 
     #[test]
     fn frames_come_out_as_they_went_in_whatever_the_pieces() {
-        let frames: Vec<Vec<u8>> = [0usize, 1, 3, 100, 70_000, 1_000_000].iter().map(|n| (0..*n).map(|i| (i % 251) as u8).collect()).collect();
+        let frames: Vec<Vec<u8>> =
+            [0usize, 1, 3, 100, 70_000, 1_000_000].iter().map(|n| (0..*n).map(|i| (i % 251) as u8).collect()).collect();
         for step in [1usize, 7, 4096] {
             let mut compressor = Compressor::new(true).unwrap();
             let mut bytes = vec![];
