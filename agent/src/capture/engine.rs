@@ -185,6 +185,8 @@ pub(super) struct Engine {
     pub(super) jobs: Sender<Job>,
     pub(super) job_id: u64,
     pub(super) awaiting: HashMap<ContentHash, Vec<Awaiting>>,
+    /// Contents the standby has staged before the bulk thread reported them; at most one for each job under way.
+    pub(super) staged_early: BTreeSet<ContentHash>,
     /// Bulk jobs that answer a miss: job ▶ content asked for.
     pub(super) misses: HashMap<u64, ContentHash>,
     pub(super) waiters: Vec<Waiter>,
@@ -258,6 +260,7 @@ impl Engine {
             jobs,
             job_id: 0,
             awaiting: HashMap::new(),
+            staged_early: BTreeSet::new(),
             misses: HashMap::new(),
             waiters: vec![],
             flights: VecDeque::new(),

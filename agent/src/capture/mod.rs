@@ -16,3 +16,6 @@ pub mod watch;
 
 pub use engine::{Capture, CaptureConfig, CaptureError};
 pub use messages::{CaptureHandle, CaptureStatus, Command, Step, ToLink};
+
+#[cfg(test)]
+mod tests;

@@ -266,6 +266,7 @@ impl Engine {
         let Some(session) = self.session.take_if(|session| id.is_none_or(|id| session.id == id)) else { return };
         tracing::warn!(mirror = %self.config.name, session = session.id, "standby lost: unprotected until it is back");
         self.awaiting.clear();
+        self.staged_early.clear();
         self.misses.clear();
         self.larges.clear();
         // Observations may rest on contents the standby turns out not to have.
@@ -288,8 +289,16 @@ impl Engine {
 
     fn staged(&mut self, hash: ContentHash) {
         self.heard();
-        for Awaiting { id, path, seen, large } in self.awaiting.remove(&hash).unwrap_or_default() {
-            self.read_ahead(id, path, seen, large);
+        match self.awaiting.remove(&hash) {
+            Some(all) => {
+                for Awaiting { id, path, seen, large } in all {
+                    self.read_ahead(id, path, seen, large);
+                }
+            }
+            // The standby was quicker than the bulk thread's own report.
+            None => {
+                self.staged_early.insert(hash);
+            }
         }
     }
 
@@ -324,7 +333,10 @@ impl Engine {
             Outcome::Read { seen, large, staged: false } => self.read_ahead(id, path, seen, large),
             Outcome::Read { seen, large, staged: true } => {
                 let hash = if let Seen::Present(found) = &seen { found.entry.hash() } else { None };
-                if let (Some(hash), true) = (hash, self.session.is_some()) {
+                let Some(hash) = hash.filter(|_| self.session.is_some()) else { return };
+                if self.staged_early.remove(&hash) {
+                    self.read_ahead(id, path, seen, large);
+                } else {
                     self.awaiting.entry(hash).or_default().push(Awaiting { id, path, seen, large });
                 }
             }
