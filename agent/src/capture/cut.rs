@@ -257,8 +257,8 @@ impl Engine {
             }
         }
         for name in unit {
-            self.waiters.iter_mut().for_each(|w| {
-                w.groups.remove(name);
+            self.waiters.iter_mut().filter_map(|w| w.groups.as_mut()).for_each(|groups| {
+                groups.remove(name);
             });
         }
         if ops.is_empty() {
@@ -335,27 +335,37 @@ impl Engine {
         Ok(())
     }
 
-    /// A caller wants to know when all that is dirty now has arrived.
-    pub(super) fn wait_for_sync(&mut self, reply: tokio::sync::oneshot::Sender<()>) -> Result<(), CaptureError> {
-        self.boundary()?;
-        let groups = self.sets.groups().map(|(name, _)| name.clone()).collect();
-        self.waiters.push(Waiter { groups, at: None, reply });
-        Ok(())
+    /// A caller wants to know when all that has changed by now has arrived.
+    pub(super) fn wait_for_sync(&mut self, reply: tokio::sync::oneshot::Sender<()>) {
+        self.waiters.push(Waiter { groups: None, at: None, reply });
     }
 
-    pub(super) fn answer_waiters(&mut self) {
-        let (last, applied) = (self.outbox.last().lsn, self.applied);
-        let settled = self.complete && self.session.is_some() && self.scan.is_done() && !self.compare && !self.collapsed;
+    pub(super) fn answer_waiters(&mut self) -> Result<(), CaptureError> {
+        let settled = |e: &Self| e.complete && e.session.is_some() && e.scan.is_done() && !e.compare && !e.collapsed;
+        if self.waiters.is_empty() || !settled(self) {
+            return Ok(());
+        }
+        if self.waiters.iter().any(|w| w.groups.is_none()) {
+            self.boundary()?;
+            if !settled(self) {
+                return Ok(());
+            }
+            let groups: BTreeSet<Group> = self.sets.groups().map(|(name, _)| name.clone()).collect();
+            self.waiters.iter_mut().filter(|w| w.groups.is_none()).for_each(|w| w.groups = Some(groups.clone()));
+        }
+        let last = self.outbox.last().lsn;
         for mut waiter in std::mem::take(&mut self.waiters) {
-            if waiter.at.is_none() && settled && waiter.groups.iter().all(|name| self.sets.group_is_clean(name)) {
+            let arrived = waiter.groups.as_ref().is_some_and(|groups| groups.iter().all(|name| self.sets.group_is_clean(name)));
+            if waiter.at.is_none() && arrived {
                 waiter.at = Some(last);
             }
-            if waiter.at.is_some_and(|at| at <= applied) {
-                let _ = waiter.reply.send(());
+            if waiter.at.is_some_and(|at| at <= self.applied) {
+                let _ = waiter.reply.send(()); // The caller may have given up.
             } else {
                 self.waiters.push(waiter);
             }
         }
+        Ok(())
     }
 }
 

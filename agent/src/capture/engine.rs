@@ -149,7 +149,8 @@ pub(super) struct HalfRename {
 
 /// A caller of `Sync`.
 pub(super) struct Waiter {
-    pub(super) groups: BTreeSet<Group>,
+    /// Groups that must still commit; `None` until the store has been compared, because what that finds was there before the call.
+    pub(super) groups: Option<BTreeSet<Group>>,
     pub(super) at: Option<Lsn>,
     pub(super) reply: oneshot::Sender<()>,
 }
@@ -294,7 +295,7 @@ impl Engine {
             self.timers()?;
             let cut = self.round()?;
             self.finish_first_sync()?;
-            self.answer_waiters();
+            self.answer_waiters()?;
             let busy = scanned || cut;
             self.publish(busy);
             if !busy {

@@ -65,6 +65,8 @@ impl Engine {
                 tracing::info!(mirror = %self.config.name, peer, lsn = %self.outbox.last().lsn, "standby connected");
                 self.session = Some(Session { id, out, bulk, heard: Instant::now() });
                 self.collapsed = false;
+                // The standby applied all it had before it answered our hello.
+                self.applied = self.applied.max(self.outbox.last().lsn);
                 if std::mem::take(&mut self.compare) {
                     self.scan.push(RelPath::root());
                 }
@@ -81,7 +83,7 @@ impl Engine {
             Command::Staged(hash) => self.staged(hash),
             Command::Miss(hash) => self.miss(hash)?,
             Command::Bulk(result) => self.bulk_done(*result),
-            Command::Sync(reply) => self.wait_for_sync(reply)?,
+            Command::Sync(reply) => self.wait_for_sync(reply),
             Command::Reselect(choice) => {
                 (self.config.selection, self.config.grouping) = *choice;
                 self.scan.push(RelPath::root());

@@ -219,8 +219,11 @@ async fn a_restart_finds_what_happened_meanwhile_and_ships_nothing_else() {
         digest: world.replica.lock().unwrap().digest(),
         chain_at_yours: None,
     };
+    // Asked before the standby is there: answered only when what the comparison finds has arrived.
+    let asker = handle.clone();
+    let early = tokio::spawn(async move { settled(&asker).await });
     world.connect(&handle, holds).await;
-    settled(&handle).await;
+    early.await.unwrap();
     world.check();
     let status = handle.status();
     assert!(status.bytes < 20_000, "{} bytes for a new file, a removal and a moved folder", status.bytes);

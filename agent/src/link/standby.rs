@@ -292,7 +292,7 @@ impl Server {
             complete: known.is_some_and(|s| s.complete),
         };
         node.set_mirror(&hello.mirror, &state)?;
-        served.handle.set_known(state);
+        served.handle.follow(state.generation, state.epoch);
         Ok(())
     }
 }
