@@ -11,6 +11,7 @@ pub mod layout;
 pub mod names;
 pub mod nearest;
 pub mod net;
+pub mod standby;
 pub mod status;
 pub mod sys;
 pub mod tree;
