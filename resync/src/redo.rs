@@ -294,6 +294,8 @@ impl RedoLog {
         sync_dir(&self.dir)?;
         self.written = HEADER;
         self.file = Some((file, path));
+        // A segment begins with the first part of a txn, so whatever is taken back from it is taken back to its start.
+        (self.sealed_end, self.sealed_check) = (HEADER, self.check);
         Ok(())
     }
 
@@ -479,6 +481,26 @@ mod tests {
         log.append(&record(4, 1, true)).unwrap();
         log.sync().unwrap();
         assert_eq!(lsns(dir.path(), 0), [1, 2, 3, 4, 4]);
+    }
+
+    #[test]
+    fn parts_taken_back_from_a_new_segment_leave_nothing_that_hides_later_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = RedoLog::open(dir.path(), Position::START).unwrap();
+        log.append(&record(1, 0, false)).unwrap();
+        log.discard_unsealed().unwrap();
+        log.append(&record(1, 0, true)).unwrap();
+        log.written = SEGMENT_BYTES;
+        log.append(&record(2, 0, false)).unwrap();
+        log.discard_unsealed().unwrap();
+        let mut third = record(3, 0, true);
+        third.frame.prev = Lsn(1);
+        log.append(&third).unwrap();
+        log.sync().unwrap();
+        drop(log);
+        assert_eq!(lsns(dir.path(), 0), [1, 3]);
+        assert_eq!(RedoLog::open(dir.path(), Position::START).unwrap().sealed().lsn, Lsn(3));
+        assert_eq!(segments(dir.path()).unwrap().len(), 2);
     }
 
     #[test]

@@ -1,0 +1,148 @@
+//! Where content goes that would otherwise be lost: files changed on the standby by somebody else, and what `--adopt` found here.
+//!
+//! `<state>/rescue/<unix seconds>-<why>/<path>`. A rename where the state directory shares the replica's file system; else a copy, durable before the original goes.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use twinbox_protocol::path::RelPath;
+
+use super::attrs;
+use super::copy;
+use super::replica::{Replica, kind};
+use crate::tree;
+
+/// Why something is kept; part of the directory's name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Why {
+    /// Not what the manifest says: a local change.
+    Drift,
+    /// Found when the directory was taken over.
+    Adopt,
+}
+
+/// See the module's text.
+pub(super) struct Rescue {
+    base: PathBuf,
+}
+
+fn sys(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+impl Rescue {
+    pub(super) fn new(state_dir: &Path) -> Self {
+        Rescue { base: state_dir.join("rescue") }
+    }
+
+    /// A path under rescue that is free, its directory made.
+    fn room(&self, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+        let secs = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let kind = if why == Why::Drift { "drift" } else { "adopt" };
+        let mut relative = PathBuf::from(OsStr::from_bytes(path.as_bytes()));
+        if path.as_bytes().len() + self.base.as_os_str().len() > 3900 {
+            // Longer than one system call takes: kept under a name made of its hash, the end of the path beside it.
+            relative =
+                PathBuf::from(format!("long-{}", &blake3::hash(path.as_bytes()).to_hex()[..16])).join(OsStr::from_bytes(path.name()));
+        }
+        for n in 0.. {
+            let top = if n == 0 { format!("{secs}-{kind}") } else { format!("{secs}-{kind}.{n}") };
+            let target = self.base.join(top).join(&relative);
+            let made = target.parent().map_or(Ok(()), fs::create_dir_all);
+            match made {
+                Ok(()) if fs::symlink_metadata(&target).is_err() => return Ok(target),
+                Ok(()) => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists) => {}
+                Err(error) => return Err(sys(&error)),
+            }
+        }
+        Err(Errno::EXIST)
+    }
+
+    /// Moves what is at `path`, with everything below it, to rescue.
+    pub(super) fn take(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+        let target = self.room(path, why)?;
+        let place = replica.place_to_change(path)?;
+        match rfs::renameat(&place.dir, place.name.as_slice(), rfs::CWD, &target) {
+            Err(Errno::XDEV) => {
+                copy_out(replica, path, &target)?;
+                remove_all(replica, path)?;
+            }
+            other => other?,
+        }
+        Ok(target)
+    }
+
+    /// Keeps a copy of a file that will be changed in place.
+    pub(super) fn copy(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+        let target = self.room(path, why)?;
+        copy_out(replica, path, &target)?;
+        Ok(target)
+    }
+}
+
+fn copy_out(replica: &mut Replica, path: &RelPath, target: &Path) -> Result<(), Errno> {
+    let Some(stat) = replica.stat(path)? else { return Ok(()) };
+    match kind(&stat) {
+        FileType::RegularFile => {
+            let from = replica.file(path, false)?;
+            let to = File::options().read(true).write(true).create_new(true).open(target).map_err(|e| sys(&e))?;
+            copy::whole(from.as_fd(), to.as_fd(), stat.st_size as u64)?;
+            let entry = tree::entry(&stat, tree::xattrs(from.as_fd(), false).unwrap_or_default(), None, None);
+            if let Some(entry) = entry {
+                attrs::set(to.as_fd(), &entry, replica.ordinary, &mut attrs::Lost::new())?;
+            }
+            to.sync_all().map_err(|e| sys(&e))?;
+        }
+        FileType::Directory => {
+            fs::create_dir(target).map_err(|e| sys(&e))?;
+            for child in children(replica, path)? {
+                copy_out(replica, &child, &target.join(OsStr::from_bytes(child.name())))?;
+            }
+        }
+        FileType::Symlink => {
+            let place = replica.place(path)?;
+            let link = rfs::readlinkat(&place.dir, place.name.as_slice(), vec![])?;
+            rfs::symlinkat(&*link, rfs::CWD, target)?;
+        }
+        other => rfs::mknodat(rfs::CWD, target, other, Mode::from_raw_mode(0o600), stat.st_rdev).or_else(|error| match error {
+            Errno::PERM => Ok(()),
+            other => Err(other),
+        })?,
+    }
+    if let Some(dir) = target.parent() {
+        File::open(dir).and_then(|d| d.sync_all()).map_err(|e| sys(&e))?;
+    }
+    Ok(())
+}
+
+/// What a directory on disk holds.
+pub(super) fn children(replica: &mut Replica, path: &RelPath) -> Result<Vec<RelPath>, Errno> {
+    let place = if path.is_root() { None } else { Some(replica.place(path)?) };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = match &place {
+        None => rfs::openat(replica.root.fd(), b".".as_slice(), flags, Mode::empty()),
+        Some(place) => rfs::openat(&place.dir, place.name.as_slice(), flags, Mode::empty()),
+    }?;
+    Ok(tree::list(fd.as_fd())?.iter().filter_map(|listed| path.join(&listed.name)).collect())
+}
+
+/// Removes what was copied.
+fn remove_all(replica: &mut Replica, path: &RelPath) -> Result<(), Errno> {
+    let Some(stat) = replica.stat(path)? else { return Ok(()) };
+    if kind(&stat) == FileType::Directory {
+        for child in children(replica, path)? {
+            remove_all(replica, &child)?;
+        }
+    }
+    let place = replica.place_to_change(path)?;
+    let flags = if kind(&stat) == FileType::Directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+    rfs::unlinkat(&place.dir, place.name.as_slice(), flags)
+}

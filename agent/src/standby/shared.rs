@@ -1,0 +1,218 @@
+//! What the threads of one standby and its handles see of each other: the status snapshot, the session that is open, and counters.
+//!
+//! Each mutex here guards a small value and is held for a copy or an update only, never across I/O or an await.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use tokio::sync::{Semaphore, mpsc, watch};
+use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::msg::{Position, ToPrimary};
+
+use super::error::StandbyError;
+
+/// What status shows of a standby.
+#[derive(Clone, Debug)]
+pub struct StandbyStatus {
+    /// Everything up to here survives a power cut.
+    pub durable: Position,
+    /// Everything up to here is visible in the replica.
+    pub applied: Lsn,
+    /// Paths in the manifest.
+    pub rows: u64,
+    /// The first sync has been completed: the replica is at a cut.
+    pub complete: bool,
+    /// Bytes in the redo log that no checkpoint covers yet.
+    pub redo_bytes: u64,
+    /// Rows were made from files found here, and the first sync since is not complete.
+    pub adopted: bool,
+    /// Metadata this machine could not store, counted by kind (`ownership`, `xattrs`, `devices`, …).
+    pub lost_metadata: BTreeMap<String, u64>,
+    /// Last thing that went wrong.
+    pub last_error: Option<(SystemTime, String)>,
+    /// Transactions applied since the start.
+    pub txns: u64,
+    /// Files written or patched since the start.
+    pub files: u64,
+    /// Files found changed by somebody else and kept in rescue since the start.
+    pub rescued: u64,
+    /// When the cut of the last applied txn was taken: ns since 1970 by the primary's clock.
+    pub captured_ns: i64,
+    /// Why nothing is accepted until a restart.
+    pub refusing: Option<String>,
+}
+
+impl StandbyStatus {
+    pub(super) fn new() -> Self {
+        StandbyStatus {
+            durable: Position::START,
+            applied: Lsn::ZERO,
+            rows: 0,
+            complete: false,
+            redo_bytes: 0,
+            adopted: false,
+            lost_metadata: BTreeMap::new(),
+            last_error: None,
+            txns: 0,
+            files: 0,
+            rescued: 0,
+            captured_ns: 0,
+            refusing: None,
+        }
+    }
+}
+
+/// Bytes of frames that may wait for the receiver.
+pub(super) const QUEUE_BYTES: usize = 16 * 1024 * 1024;
+/// Bulk objects a session may have open at once: file descriptors and buffers stay bounded.
+pub(super) const OBJECTS_MAX: usize = 64;
+
+/// The session that is open, as every thread sees it.
+pub(super) struct SessionShared {
+    pub(super) id: u64,
+    out: mpsc::UnboundedSender<ToPrimary>,
+    failed: watch::Sender<Option<StandbyError>>,
+    /// In KiB: room in the receiver's queue.
+    pub(super) budget: Arc<Semaphore>,
+    pub(super) objects: AtomicUsize,
+    missed: Mutex<BTreeSet<ContentHash>>,
+    gone: Mutex<BTreeSet<ContentHash>>,
+}
+
+impl SessionShared {
+    pub(super) fn new(id: u64, out: mpsc::UnboundedSender<ToPrimary>) -> Arc<Self> {
+        Arc::new(SessionShared {
+            id,
+            out,
+            failed: watch::Sender::new(None),
+            budget: Arc::new(Semaphore::new(QUEUE_BYTES / 1024)),
+            objects: AtomicUsize::new(0),
+            missed: Mutex::default(),
+            gone: Mutex::default(),
+        })
+    }
+
+    /// Sends to the primary; a session whose link is gone fails soon by itself.
+    pub(super) fn send(&self, message: ToPrimary) {
+        let _ = self.out.send(message);
+    }
+
+    /// Asks for a content, once.
+    pub(super) fn miss(&self, hash: ContentHash) {
+        if lock(&self.missed).insert(hash) {
+            self.send(ToPrimary::Miss { hash });
+        }
+    }
+
+    pub(super) fn note_gone(&self, hash: ContentHash) {
+        lock(&self.gone).insert(hash);
+    }
+
+    pub(super) fn is_gone(&self, hash: ContentHash) -> bool {
+        lock(&self.gone).contains(&hash)
+    }
+
+    /// Ends the session; the first reason stays.
+    pub(super) fn fail(&self, error: StandbyError) {
+        self.budget.close();
+        self.failed.send_if_modified(|slot| {
+            let first = slot.is_none();
+            if first {
+                *slot = Some(error);
+            }
+            first
+        });
+    }
+
+    pub(super) fn error(&self) -> Option<StandbyError> {
+        self.failed.borrow().clone()
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.failed.borrow().is_some()
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<Option<StandbyError>> {
+        self.failed.subscribe()
+    }
+}
+
+/// One for each standby.
+pub(super) struct Shared {
+    status: Mutex<StandbyStatus>,
+    session: Mutex<Option<Arc<SessionShared>>>,
+    /// Bytes appended to the redo log since the last checkpoint.
+    pub(super) redo_bytes: AtomicU64,
+    /// Bytes of content accepted and not yet in the replica.
+    pub(super) unapplied: AtomicU64,
+    /// Set by the test's `crash`: threads leave without a checkpoint.
+    pub(super) crash: AtomicBool,
+    /// Set by tests: what is durable is not applied.
+    pub(super) hold: AtomicBool,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Shared {
+            status: Mutex::new(StandbyStatus::new()),
+            session: Mutex::new(None),
+            redo_bytes: AtomicU64::new(0),
+            unapplied: AtomicU64::new(0),
+            crash: AtomicBool::new(false),
+            hold: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn status(&self) -> StandbyStatus {
+        let mut status = lock(&self.status).clone();
+        status.redo_bytes = self.redo_bytes.load(Ordering::Relaxed);
+        status
+    }
+
+    pub(super) fn update<T>(&self, change: impl FnOnce(&mut StandbyStatus) -> T) -> T {
+        change(&mut lock(&self.status))
+    }
+
+    /// Notes an error where status shows it, and tells the primary if a session is open.
+    pub(super) fn problem(&self, message: String) {
+        self.update(|status| status.last_error = Some((SystemTime::now(), message.clone())));
+        if let Some(session) = self.session() {
+            session.send(ToPrimary::Problem { message });
+        }
+    }
+
+    /// Nothing is accepted any more until a restart.
+    pub(super) fn refuse(&self, why: &str) {
+        tracing::error!(why, "the standby accepts nothing until it is restarted");
+        self.update(|status| {
+            status.last_error = Some((SystemTime::now(), why.to_owned()));
+            status.refusing.get_or_insert_with(|| why.to_owned());
+        });
+        if let Some(session) = self.session() {
+            session.send(ToPrimary::Problem { message: why.to_owned() });
+            session.fail(StandbyError::Latched { why: why.to_owned() });
+        }
+    }
+
+    pub(super) fn refusing(&self) -> Option<StandbyError> {
+        lock(&self.status).refusing.clone().map(|why| StandbyError::Latched { why })
+    }
+
+    pub(super) fn session(&self) -> Option<Arc<SessionShared>> {
+        lock(&self.session).clone()
+    }
+
+    pub(super) fn set_session(&self, session: Option<Arc<SessionShared>>) {
+        *lock(&self.session) = session;
+    }
+
+    pub(super) fn crashed(&self) -> bool {
+        self.crash.load(Ordering::Relaxed)
+    }
+}

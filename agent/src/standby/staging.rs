@@ -1,0 +1,233 @@
+//! Contents kept beside the replica until the checkpoint has passed the last txn that uses them.
+//!
+//! `staging/<hash hex>` is whole and fsynced, `*.part` is being written. A txn that uses an object pins it with its LSN *before* its record is written; a checkpoint
+//! removes objects pinned at or below it, and unpinned ones of older sessions (those of the open session may have arrived ahead of their txn).
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use twinbox_protocol::ids::{ContentHash, Lsn};
+
+use super::copy;
+use super::shared::lock;
+
+#[derive(Clone, Copy)]
+struct Object {
+    size: u64,
+    pin: Option<Lsn>,
+    session: u64,
+}
+
+/// See the module's text.
+pub(super) struct Staging {
+    dir: PathBuf,
+    handle: File,
+    objects: Mutex<BTreeMap<ContentHash, Object>>,
+    next: AtomicU64,
+    /// Objects being written now.
+    pub(super) writing: AtomicUsize,
+}
+
+fn hash_of_name(name: &str) -> Option<ContentHash> {
+    let bytes = data_encoding::HEXLOWER.decode(name.as_bytes()).ok()?;
+    Some(ContentHash(bytes.try_into().ok()?))
+}
+
+impl Staging {
+    /// Opens the directory, made if need be; what was being written is removed, what is whole is kept.
+    pub(super) fn open(dir: &Path) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let mut objects = BTreeMap::new();
+        for item in fs::read_dir(dir)? {
+            let item = item?;
+            match item.file_name().to_str().and_then(hash_of_name) {
+                Some(hash) => {
+                    objects.insert(hash, Object { size: item.metadata()?.len(), pin: None, session: 0 });
+                }
+                None => fs::remove_file(item.path())?,
+            }
+        }
+        let (next, writing) = (AtomicU64::new(0), AtomicUsize::new(0));
+        Ok(Staging { dir: dir.into(), handle: File::open(dir)?, objects: Mutex::new(objects), next, writing })
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn path(&self, hash: ContentHash) -> PathBuf {
+        self.dir.join(hash.to_string())
+    }
+
+    /// Size of an object that is whole.
+    pub(super) fn size(&self, hash: ContentHash) -> Option<u64> {
+        lock(&self.objects).get(&hash).map(|o| o.size)
+    }
+
+    /// Opens an object for reading.
+    pub(super) fn object(&self, hash: ContentHash) -> io::Result<File> {
+        File::open(self.path(hash))
+    }
+
+    /// Keeps an object until the checkpoint passes `lsn`; gives the bytes it takes on disk, `None` when it is not there.
+    pub(super) fn pin(&self, hash: ContentHash, lsn: Lsn) -> Option<u64> {
+        let mut objects = lock(&self.objects);
+        let object = objects.get_mut(&hash)?;
+        object.pin = object.pin.max(Some(lsn));
+        Some(fs::metadata(self.path(hash)).map_or(object.size, |m| m.blocks() * 512))
+    }
+
+    /// The txns after `lsn` were taken back.
+    pub(super) fn unpin_after(&self, lsn: Lsn) {
+        for object in lock(&self.objects).values_mut().filter(|o| o.pin > Some(lsn)) {
+            object.pin = None;
+        }
+    }
+
+    /// The checkpoint has passed `lsn`; objects of `session` that are not pinned stay.
+    pub(super) fn prune(&self, lsn: Lsn, session: u64) {
+        let mut objects = lock(&self.objects);
+        objects.retain(|hash, object| {
+            let keep = object.pin.map_or(object.session == session, |pin| pin > lsn);
+            if !keep && let Err(error) = fs::remove_file(self.dir.join(hash.to_string())) {
+                tracing::warn!(%error, "cannot remove a staged object");
+            }
+            keep
+        });
+    }
+
+    /// Begins an object.
+    pub(super) fn create(self: &Arc<Self>) -> io::Result<Part> {
+        let path = self.dir.join(format!("{}.part", self.next.fetch_add(1, Ordering::Relaxed)));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        Ok(Part { staging: self.clone(), file, path, hasher: blake3::Hasher::new(), size: 0, copied: false, done: false })
+    }
+}
+
+/// An object being written, in order. Dropped unfinished, it goes.
+pub(super) struct Part {
+    staging: Arc<Staging>,
+    pub(super) file: File,
+    path: PathBuf,
+    hasher: blake3::Hasher,
+    size: u64,
+    copied: bool,
+    done: bool,
+}
+
+/// What became of a finished object.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) enum Finished {
+    /// It is staged under its name.
+    Staged,
+    /// Its bytes have another name or length; nothing is kept.
+    Wrong,
+}
+
+impl Part {
+    pub(super) fn data(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, self.size)?;
+        self.hasher.update(bytes);
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+
+    pub(super) fn hole(&mut self, len: u64) -> io::Result<()> {
+        let zeros = [0; 64 * 1024];
+        let mut left = len;
+        while left > 0 {
+            let take = left.min(zeros.len() as u64);
+            self.hasher.update(&zeros[..take as usize]);
+            left -= take;
+        }
+        self.size += len;
+        self.file.set_len(self.size)
+    }
+
+    /// `len` bytes of `source` from `offset`, holes kept. A source that ends early leaves the object wrong, which its name tells.
+    pub(super) fn copy(&mut self, source: &File, offset: u64, len: u64) -> io::Result<()> {
+        self.copied = true;
+        let (mut at, end) = (offset, offset.saturating_add(len));
+        let mut buffer = vec![0; 256 * 1024];
+        while at < end {
+            let data = copy::next_data(source.as_fd(), at, end);
+            if data.start > at {
+                self.hole(data.start - at)?;
+                at = data.start;
+            }
+            while at < data.end {
+                let take = buffer.len().min((data.end - at) as usize);
+                let got = source.read_at(&mut buffer[..take], at)?;
+                if got == 0 {
+                    return Ok(());
+                }
+                self.data(&buffer[..got])?;
+                at += got as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether some of it came from another file here.
+    pub(super) fn copied(&self) -> bool {
+        self.copied
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.size
+    }
+
+    /// Takes name and length from the file as it is now.
+    pub(super) fn reread(&mut self) -> io::Result<()> {
+        let hole = self.file.metadata()?.len();
+        let file = self.file.try_clone()?;
+        (self.hasher, self.size) = (blake3::Hasher::new(), 0);
+        let mut buffer = vec![0; 256 * 1024];
+        while self.size < hole {
+            let got = file.read_at(&mut buffer, self.size)?;
+            if got == 0 {
+                break;
+            }
+            self.hasher.update(&buffer[..got]);
+            self.size += got as u64;
+        }
+        Ok(())
+    }
+
+    /// Checks name and length, makes the object durable and gives it its name.
+    pub(super) fn finish(mut self, hash: ContentHash, size: u64, session: u64) -> io::Result<Finished> {
+        let got = ContentHash(*self.hasher.finalize().as_bytes());
+        if got != hash || size != self.size {
+            return Ok(Finished::Wrong);
+        }
+        if let Some(object) = lock(&self.staging.objects).get_mut(&hash) {
+            object.session = session;
+            return Ok(Finished::Staged);
+        }
+        self.file.set_len(self.size)?;
+        self.file.flush()?;
+        self.file.sync_all()?;
+        let mut objects = lock(&self.staging.objects);
+        fs::rename(&self.path, self.staging.path(hash))?;
+        self.done = true;
+        objects.entry(hash).or_insert(Object { size, pin: None, session });
+        drop(objects);
+        self.staging.handle.sync_all()?;
+        Ok(Finished::Staged)
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
