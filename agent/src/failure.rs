@@ -37,6 +37,20 @@ impl Failure {
     }
 }
 
+/// An error with its causes, each said once.
+fn text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -93,19 +107,19 @@ impl From<RoleError> for Failure {
             RoleError::OtherMachine { .. } => ExitCode::State,
             RoleError::Random(_) => ExitCode::Failure,
         };
-        Failure::new(code, error.to_string())
+        Failure::new(code, text(&error))
     }
 }
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        Failure::new(error.exit_code(), error.to_string())
+        Failure::new(error.exit_code(), text(&error))
     }
 }
 
 impl From<AdminError> for Failure {
     fn from(error: AdminError) -> Self {
-        Failure::new(error.exit_code(), error.to_string())
+        Failure::new(error.exit_code(), text(&error))
     }
 }
 
@@ -115,7 +129,7 @@ impl From<IdentityError> for Failure {
             IdentityError::Io { source, .. } => of_io(source),
             _ => ExitCode::State,
         };
-        Failure::new(code, error.to_string())
+        Failure::new(code, text(&error))
     }
 }
 
@@ -125,12 +139,12 @@ impl From<BindError> for Failure {
             BindError::InUse { .. } | BindError::NotLocal { .. } => ExitCode::Listen,
             _ => ExitCode::Failure,
         };
-        Failure::new(code, error.to_string())
+        Failure::new(code, text(&error))
     }
 }
 
 impl From<StateError> for Failure {
     fn from(error: StateError) -> Self {
-        Failure::new(of_state(&error), error.to_string())
+        Failure::new(of_state(&error), text(&error))
     }
 }

@@ -94,7 +94,7 @@ pub async fn run(args: &Mirror, quiet: bool) -> Result<ExitCode, Failure> {
     let bar = bar(quiet || args.json);
     let capture = pair.capture();
     let mut synced = Box::pin(capture.ask(Command::Sync));
-    let mut in_sync = false;
+    let (mut in_sync, mut told) = (false, std::collections::BTreeSet::new());
     let mut tick = interval(Duration::from_millis(if bar.is_hidden() { 1000 } else { 200 }));
     tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let stopped_by = loop {
@@ -126,6 +126,12 @@ pub async fn run(args: &Mirror, quiet: bool) -> Result<ExitCode, Failure> {
                 return Err(Failure::new(ExitCode::Peer, error.message.clone()));
             }
         }
+        for (path, why) in now.unreadable.iter().filter(|(_, why)| !why.is_empty()) {
+            if told.insert(path.clone()) && !quiet {
+                bar.suspend(|| eprintln!("Cannot read {path}: {why}. The rest goes on; it is tried again every few seconds."));
+            }
+        }
+        told.retain(|path| now.unreadable.contains_key(path));
         show(&bar, &now, &total, in_sync);
     };
     let mut code = ExitCode::Ok;
