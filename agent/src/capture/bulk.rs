@@ -4,8 +4,8 @@
 //! the remembered content, and is staged by the standby under its name. What a job read counts only if no event for the path came since the job was given: the engine sees to that.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{self as rfs, FileType};
 use rustix::io::Errno;
@@ -23,6 +23,7 @@ use twinbox_resync::plan::{Body, Found, Seen};
 
 use super::look::{self, KnownChunks, PIECE, RecipeBuilder};
 use super::messages::{BulkMessage, CaptureHandle, Command};
+use super::recent::RecentChunks;
 use crate::sys::{Probe, lease_probe};
 use crate::tree::{self, Root};
 
@@ -40,6 +41,8 @@ pub struct Job {
     pub in_place: bool,
     /// Answer to a miss: every byte, no copies.
     pub whole: bool,
+    /// Chunks shipped lately: a file rewritten under another name (and then renamed) finds its old content here.
+    pub known: Arc<Mutex<RecentChunks>>,
 }
 
 /// What a job gave.
@@ -140,7 +143,7 @@ fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
     let holes = if patch.is_none() { look::extents(&file, len)? } else { None };
     let (hash, body, large) = match patch {
         Some(done) => done,
-        None => stream(&file, len, job, holes.as_deref())?,
+        None => stream(&file, &before, job, holes.as_deref())?,
     };
     let xattrs = tree::xattrs(file.as_fd(), false)?;
     let after = rfs::fstat(&file)?;
@@ -221,9 +224,11 @@ fn patch(file: &impl AsFd, len: u64, base: ContentHash, old: &Large) -> Result<O
 }
 
 /// Sends the content ahead.
-fn stream(file: &impl AsFd, len: u64, job: &Job, extents: Option<&[(u64, u64)]>) -> Result<Read, Failure> {
+fn stream(file: &impl AsFd, before: &rfs::Stat, job: &Job, extents: Option<&[(u64, u64)]>) -> Result<Read, Failure> {
+    let len = before.st_size as u64;
     let base = job.base.as_ref().filter(|_| !job.whole).map(|(hash, large)| (*hash, large));
-    let mut builder = RecipeBuilder::new(&NothingKnown, base);
+    let known: &dyn KnownChunks = if job.whole { &NothingKnown } else { &*job.known };
+    let mut builder = RecipeBuilder::new(known, base);
     let (mut hasher, mut chunker, mut list, mut segs) = (TreeHasher::default(), Chunker::default(), vec![], vec![]);
     let mut buffer = vec![0; PIECE];
     let whole = [(0, len)];
@@ -248,6 +253,9 @@ fn stream(file: &impl AsFd, len: u64, job: &Job, extents: Option<&[(u64, u64)]>)
             at += n as u64;
             for seg in segs.drain(..) {
                 send(job, BulkItem::Seg(seg))?;
+            }
+            if !tree::same_stat(before, &rfs::fstat(file)?) {
+                return Err(Failure::Unstable); // The rest would be sent in vain.
             }
         }
     }

@@ -29,6 +29,9 @@ const GROUP_BYTES: usize = 32 * 1024 * 1024;
 const SETTLE: Duration = Duration::from_millis(4);
 /// but not longer than this.
 const SETTLE_MAX: Duration = Duration::from_millis(40);
+/// A large file somebody is writing costs more to read in vain: the same, for it.
+const BULK_SETTLE: Duration = Duration::from_millis(50);
+const BULK_SETTLE_MAX: Duration = Duration::from_secs(5);
 /// Txns in flight at most.
 const FLIGHTS_MAX: usize = 4096;
 /// LSNs reserved at a time.
@@ -108,13 +111,14 @@ impl Engine {
         parents: &mut BTreeSet<RelPath>,
     ) -> Result<(), CaptureError> {
         let now = Instant::now();
+        let real = self.sets.group(name).dirty.values().any(|m| !m.quiet && m.not_before.is_none_or(|at| at <= now));
         let due: Vec<RelPath> = self.sets.group(name).dirty.keys().take(ROUND_FILES.saturating_sub(*files)).cloned().collect();
         for path in due {
             if *files >= ROUND_FILES || *bytes >= ROUND_BYTES {
                 break;
             }
             let Some(mark) = self.sets.take(name, &path) else { continue };
-            if mark.not_before.is_some_and(|at| at > now) {
+            if mark.not_before.is_some_and(|at| at > now) && !(mark.quiet && real) {
                 self.sets.put_back(name, path, mark);
                 continue;
             }
@@ -144,7 +148,7 @@ impl Engine {
             boundary,
         };
         let view = &self.view;
-        let (seen, writer) = look(&self.root, &path, &known, |hash| view.large(hash).ok().flatten(), &self.recent);
+        let (seen, writer) = look(&self.root, &path, &known, |hash| view.large(hash).ok().flatten(), &*self.recent);
         match writer {
             Some(true) => {
                 self.writers.insert(path.clone(), now);
@@ -176,6 +180,14 @@ impl Engine {
                 let rounds = self.sets.group(name).rounds.min(10);
                 let wait = if writer { SETTLE } else { Duration::from_micros(200 << rounds.min(7)) };
                 self.sets.put_back(name, path, Mark { content: true, not_before: Some(now + wait), ..mark });
+                Ok(0)
+            }
+            Look::Bulk
+                if writer == Some(true)
+                    && now.duration_since(mark.last) < BULK_SETTLE
+                    && now.duration_since(mark.since) < BULK_SETTLE_MAX =>
+            {
+                self.sets.put_back(name, path, Mark { not_before: Some(now + BULK_SETTLE / 2), ..mark });
                 Ok(0)
             }
             Look::Bulk => self.send_ahead(name, path, row.as_ref()).map(|()| 0),
@@ -218,7 +230,7 @@ impl Engine {
             (Some(local), Ok(Some(stat))) => stat.st_ino == local.ino && stat.st_nlink == 1,
             _ => false,
         };
-        let job = Job { id, out: session.bulk.clone(), path: path.clone(), base, in_place, whole: false };
+        let job = Job { id, out: session.bulk.clone(), path: path.clone(), base, in_place, whole: false, known: self.recent.clone() };
         self.sets.group(name).staging.insert(path, id);
         let _ = self.jobs.send(job); // Ended only when this thread ends.
         Ok(())
@@ -271,7 +283,9 @@ impl Engine {
     fn remember(&mut self, path: &RelPath, found: &Found) -> Result<(), CaptureError> {
         if let (Some(hash), Some((large, replaces))) = (found.entry.hash(), self.larges.remove(path)) {
             if let Some(chunks) = &large.chunks {
-                self.recent.add(hash, chunks);
+                if let Ok(mut recent) = self.recent.lock() {
+                    recent.add(hash, chunks);
+                }
             }
             self.view.set_large(hash, &large, replaces)?;
         }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::plan::{Hint, Seen};
@@ -28,7 +28,12 @@ pub struct Mark {
     pub not_before: Option<Instant>,
     /// Round in which it became dirty (or was put back).
     pub round: u64,
+    /// Only a directory's own times: rides along with the next real change of its group, or goes alone after a while.
+    pub quiet: bool,
 }
+
+/// How long a directory's own times wait for a real change to ride along with: a delivery touches tmp/ twice before the message is there.
+const QUIET: Duration = Duration::from_millis(10);
 
 /// One consistency group with something to do.
 #[derive(Debug, Default)]
@@ -164,10 +169,13 @@ impl DirtySets {
                 mark.content |= content;
                 mark.scan |= scan;
                 mark.last = now;
+                if mark.quiet && !quiet {
+                    (mark.quiet, mark.not_before) = (false, None);
+                }
             })
             .or_insert_with(|| {
                 fresh = true;
-                Mark { content, scan, since: now, last: now, not_before: None, round }
+                Mark { content, scan, since: now, last: now, not_before: quiet.then(|| now + QUIET), round, quiet }
             });
         self.count += usize::from(fresh);
     }

@@ -179,7 +179,8 @@ pub(super) struct Engine {
     pub(super) compare: bool,
     /// Too much was dirty: marks are not kept, the root is compared instead.
     pub(super) collapsed: bool,
-    pub(super) recent: RecentChunks,
+    /// Shared with the bulk thread; held for one look-up at a time.
+    pub(super) recent: Arc<Mutex<RecentChunks>>,
     pub(super) larges: HashMap<RelPath, (Large, Option<ContentHash>)>,
     pub(super) writers: BTreeMap<RelPath, Instant>,
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
@@ -254,7 +255,7 @@ impl Engine {
             session: None,
             compare: true,
             collapsed: false,
-            recent: RecentChunks::default(),
+            recent: Arc::default(),
             larges: HashMap::new(),
             writers: BTreeMap::new(),
             unreadable: BTreeMap::new(),

@@ -9,7 +9,7 @@ pub mod dirty;
 pub mod engine;
 pub mod look;
 pub mod messages;
-mod recent;
+pub mod recent;
 mod scan;
 mod session;
 pub mod watch;

@@ -1,6 +1,7 @@
 //! Chunks shipped lately: where the standby can copy them from. A bounded hint; a wrong one costs a round trip.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Mutex;
 
 use twinbox_protocol::chunk::{Chunk, ChunkId};
 use twinbox_protocol::ids::ContentHash;
@@ -12,7 +13,7 @@ const KEPT: usize = 65_536;
 
 /// See the module's text.
 #[derive(Default)]
-pub(super) struct RecentChunks {
+pub struct RecentChunks {
     map: HashMap<ChunkId, (ContentHash, u64, u32)>,
     order: VecDeque<ChunkId>,
 }
@@ -41,8 +42,8 @@ impl RecentChunks {
     }
 }
 
-impl KnownChunks for RecentChunks {
+impl KnownChunks for Mutex<RecentChunks> {
     fn find(&self, chunk: Chunk) -> Option<(ContentHash, u64)> {
-        self.map.get(&chunk.id).filter(|(_, _, len)| *len == chunk.len).map(|(content, at, _)| (*content, *at))
+        self.lock().ok()?.map.get(&chunk.id).filter(|(_, _, len)| *len == chunk.len).map(|(content, at, _)| (*content, *at))
     }
 }

@@ -137,7 +137,9 @@ impl Engine {
             self.mark(&path, true, true, false);
         }
         self.flights.clear();
-        self.recent.clear();
+        if let Ok(mut recent) = self.recent.lock() {
+            recent.clear();
+        }
         let hello = self.hello()?;
         self.outbox.handle_restart(hello.position);
         Ok(match compare(&hello, welcome) {
@@ -373,7 +375,15 @@ impl Engine {
         match found {
             Some(path) => {
                 self.job_id += 1;
-                let job = Job { id: self.job_id, out: session.bulk.clone(), path, base: None, in_place: false, whole: true };
+                let job = Job {
+                    id: self.job_id,
+                    out: session.bulk.clone(),
+                    path,
+                    base: None,
+                    in_place: false,
+                    whole: true,
+                    known: self.recent.clone(),
+                };
                 let _ = self.jobs.send(job); // Ended only when this thread ends.
                 self.misses.insert(self.job_id, hash);
             }
