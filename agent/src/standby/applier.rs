@@ -216,7 +216,10 @@ impl Applier {
         }
         match command {
             Cmd::Durable(position) => self.target = position,
-            Cmd::Fetch { hash, hint, reply } => reply(self.fetch(hash, hint.as_ref())),
+            Cmd::Fetch { hash, hint, reply } => {
+                reply(self.fetch(hash, hint.as_ref()));
+                self.restore_dirs()?;
+            }
             Cmd::Barrier { reply } => {
                 self.catch_up()?;
                 reply(Ok(()));

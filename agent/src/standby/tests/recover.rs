@@ -112,7 +112,7 @@ fn ops(model: &mut Model, act: &Act, clock: &mut i64, findable: &dyn Fn(ContentH
         }
         Act::Meta(a, m) => {
             if let Some(row) = model.rows.get(&p(&place(*a))).cloned() {
-                let mode = if matches!(row.entry.kind, Kind::Symlink { .. }) { row.entry.mode } else { 0o600 | u32::from(*m) % 0o200 };
+                let mode = if matches!(row.entry.kind, Kind::Symlink { .. }) { row.entry.mode } else { 0o600 | (u32::from(*m) % 0o200) };
                 let mtime = Time { secs: now, nanos: 5 };
                 // Attributes belong to the inode: every name gets them.
                 for (path, other) in
