@@ -216,7 +216,10 @@ impl Applier {
         }
         match command {
             Cmd::Durable(position) => self.target = position,
-            Cmd::Fetch { hash, hint, reply } => reply(self.fetch(hash, hint.as_ref())),
+            Cmd::Fetch { hash, hint, reply } => {
+                reply(self.fetch(hash, hint.as_ref()));
+                self.restore_dirs()?;
+            }
             Cmd::Barrier { reply } => {
                 self.catch_up()?;
                 reply(Ok(()));
@@ -326,9 +329,10 @@ impl Applier {
         let sql = |error: twinbox_resync::schema::StateError| StandbyError::from(error);
         if hello.digest_key != self.manifest.digest_key() {
             self.manifest.begin().map_err(|e| sql(self.manifest.state_error(&e)))?;
-            self.dirty = true;
             let done = self.manifest.set_digest_key(hello.digest_key);
             done.map_err(|e| sql(self.manifest.state_error(&e)))?;
+            // Txns after this carry digests under the new key: recovery must know it.
+            self.checkpoint()?;
         }
         let Some((generation, epoch)) = self.known else {
             return Ok(if self.manifest.is_empty() { Holding::Empty } else { Holding::Adopted { rows: self.manifest.len() } });
@@ -365,7 +369,7 @@ impl Applier {
 
     /// Applies everything that is durable.
     fn catch_up(&mut self) -> Result<(), StandbyError> {
-        if self.dead.is_some() || self.applied.lsn >= self.target.lsn || self.shared.hold.load(Ordering::Relaxed) {
+        if self.dead.is_some() || self.applied.lsn >= self.target.lsn || self.shared.held() {
             return Ok(());
         }
         while self.applied.lsn < self.target.lsn {

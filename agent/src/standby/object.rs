@@ -51,6 +51,12 @@ impl ObjectWriter {
         Ok(ObjectWriter { session, staging, events, applier, writing: Some(Writing { part, looked: 0, incomplete: false }) })
     }
 
+    /// Whoever waits for a content looks again.
+    fn wake(&self) {
+        let _ = self.events.send(Event::Staged);
+        let _ = self.applier.send(Cmd::Wake);
+    }
+
     /// Takes the next piece; `true` when the object is whole, durable and announced.
     ///
     /// # Errors
@@ -64,7 +70,10 @@ impl ObjectWriter {
                 self.writing = Some(writing);
                 Ok(false)
             }
-            Ok(None) => Ok(true),
+            Ok(None) => {
+                self.wake();
+                Ok(true)
+            }
             Err(error) => {
                 self.session.fail(error.clone());
                 Err(error)
@@ -78,8 +87,7 @@ impl Drop for ObjectWriter {
         self.writing = None;
         self.session.objects.fetch_sub(1, Ordering::AcqRel);
         self.staging.writing.fetch_sub(1, Ordering::AcqRel);
-        let _ = self.events.send(Event::Staged);
-        let _ = self.applier.send(Cmd::Wake);
+        self.wake();
     }
 }
 

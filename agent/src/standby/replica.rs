@@ -97,6 +97,9 @@ impl Replica {
         let (dir, name) = path.split().ok_or(Errno::ISDIR)?;
         let parent = RelPath::new(dir).map_err(|_| Errno::INVAL)?;
         let dir = self.open_dir(&parent)?;
+        if self.ordinary && rfs::fstat(&dir)?.st_mode & 0o100 == 0 {
+            self.unlock(&parent, dir.as_fd())?;
+        }
         Ok(Place { dir, name: name.to_vec() })
     }
 

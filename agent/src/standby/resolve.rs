@@ -39,9 +39,21 @@ impl Receiving {
                 Some(content) => content,
                 None => self.find(hash, &entry, &path, lsn)?,
             },
-            Content::Known | Content::Staged => self.find(hash, &entry, &path, lsn)?,
+            Content::Known => self.find(hash, &entry, &path, lsn)?,
+            Content::Staged => {
+                self.await_objects(hash)?;
+                self.find(hash, &entry, &path, lsn)?
+            }
         };
         Ok(Op::Put { path, entry, content })
+    }
+
+    /// An object on its way may be the one that is wanted: it is only named at its end.
+    fn await_objects(&mut self, hash: ContentHash) -> Result<(), StandbyError> {
+        while self.staging.writing.load(Ordering::Acquire) > 0 && self.staging.size(hash).is_none() && self.recent.find(hash).is_none() {
+            self.wait(|event| if matches!(event, Event::Staged) { Ok(()) } else { Err(event) })?;
+        }
+        Ok(())
     }
 
     /// Finds a whole content, asking the primary for it if need be.
@@ -52,13 +64,6 @@ impl Receiving {
         }
         let files = self.fetch(hash, Some(path))?;
         if let Some(content) = self.take(files, hash, size, lsn)? {
-            return Ok(content);
-        }
-        // An object on its way may be the one: it is only named at its end.
-        while self.staging.writing.load(Ordering::Acquire) > 0 && self.staging.size(hash).is_none() {
-            self.wait(|event| if matches!(event, Event::Staged) { Ok(()) } else { Err(event) })?;
-        }
-        if let Some(content) = self.at_hand(hash, size, lsn)? {
             return Ok(content);
         }
         if self.applied_all()? {

@@ -3,7 +3,9 @@
 //! Each mutex here guards a small value and is held for a copy or an update only, never across I/O or an await.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+#[cfg(test)]
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -147,9 +149,11 @@ pub(super) struct Shared {
     pub(super) redo_bytes: AtomicU64,
     /// Bytes of content accepted and not yet in the replica.
     pub(super) unapplied: AtomicU64,
-    /// Set by the test's `crash`: threads leave without a checkpoint.
+    /// Threads leave without a checkpoint.
+    #[cfg(test)]
     pub(super) crash: AtomicBool,
-    /// Set by tests: what is durable is not applied.
+    /// What is durable is not applied.
+    #[cfg(test)]
     pub(super) hold: AtomicBool,
 }
 
@@ -164,7 +168,9 @@ impl Shared {
             session: Mutex::new(None),
             redo_bytes: AtomicU64::new(0),
             unapplied: AtomicU64::new(0),
+            #[cfg(test)]
             crash: AtomicBool::new(false),
+            #[cfg(test)]
             hold: AtomicBool::new(false),
         })
     }
@@ -212,7 +218,27 @@ impl Shared {
         *lock(&self.session) = session;
     }
 
+    /// A test wants the threads to end as if killed.
+    #[cfg(test)]
     pub(super) fn crashed(&self) -> bool {
         self.crash.load(Ordering::Relaxed)
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self)]
+    pub(super) fn crashed(&self) -> bool {
+        false
+    }
+
+    /// A test wants the applier to stay behind.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> bool {
+        self.hold.load(Ordering::Relaxed)
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self)]
+    pub(super) fn held(&self) -> bool {
+        false
     }
 }

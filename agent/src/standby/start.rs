@@ -1,6 +1,7 @@
 //! Starting: which state is here, whether it belongs to this directory, and what must be done before anything is accepted.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -27,6 +28,17 @@ use crate::tree::{self, Root};
 
 fn secs() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Writes a small file so that a power cut does not lose it.
+fn write_synced(path: &Path, text: &str) -> Result<(), StandbyError> {
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::File::create(path)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        path.parent().map_or(Ok(()), |dir| fs::File::open(dir)?.sync_all())
+    };
+    write().map_err(|e| StandbyError::io(format!("writing {}", path.display()), e))
 }
 
 /// Moves a manifest that cannot be used, and what belongs to it, aside; nothing is deleted.
@@ -72,7 +84,8 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
     let made_for = fs::read_to_string(&mark).ok().and_then(|text| text.trim().parse::<u64>().ok());
     if !fresh {
         let moved = made_for.is_some_and(|made_for| made_for != ino);
-        let vanished = empty && manifest.len() > 1;
+        // With txns still to be redone an empty directory can be right: they may have removed everything.
+        let vanished = empty && manifest.len() > 1 && log.sealed().lsn <= checkpoint.lsn;
         if (moved || vanished) && !may_adopt {
             return Err(if vanished { StandbyError::Vanished { path, rows: manifest.len() } } else { StandbyError::OtherRoot { path } });
         }
@@ -83,7 +96,7 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
         }
         rebuild = true;
     }
-    fs::write(&mark, ino.to_string()).map_err(|e| StandbyError::io(format!("writing {}", mark.display()), e))?;
+    write_synced(&mark, &ino.to_string())?;
 
     let mut replica = Replica::new(root);
     let adopting_mark = state_dir.join("adopting");
@@ -93,7 +106,7 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
             set_aside(&state_dir, "earlier")?;
         }
         manifest = Manifest::open(&manifest_path, true)?;
-        fs::write(&adopting_mark, secs().to_string()).map_err(|e| StandbyError::io("noting the take-over", e))?;
+        write_synced(&adopting_mark, &secs().to_string())?;
         let rows = adopt::scan(&mut replica, &mut manifest)?;
         tracing::info!(mirror, rows, "files in the replica's directory were taken over");
         log = RedoLog::open(&redo_dir, Position::START)?;

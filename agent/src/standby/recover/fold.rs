@@ -39,11 +39,13 @@ pub(super) struct Patch {
     pub(super) ino: Option<u64>,
 }
 
-/// A rename of the log, of a file or directory older than the log's suffix.
+/// A rename of the log.
 pub(super) struct Moved {
     pub(super) from: RelPath,
     pub(super) to: RelPath,
-    pub(super) ino: u64,
+    pub(super) dir: bool,
+    /// Inode, when it is older than the log's suffix.
+    pub(super) ino: Option<u64>,
 }
 
 /// What the suffix brings.
@@ -150,7 +152,7 @@ pub(super) fn fold(
                     continue;
                 }
             }
-            suffix.take(op, source.and_then(|row| row.local), &mut rows, &mut made)?;
+            suffix.take(op, source, &mut rows, &mut made)?;
         }
         if let (Some(seal), Some(chain)) = (record.seal(), record.chain) {
             let position = Position { lsn: record.frame.lsn, chain };
@@ -169,8 +171,9 @@ pub(super) fn fold(
 }
 
 impl Suffix {
-    fn take(&mut self, op: &Op, local: Option<Local>, rows: &mut Noted<'_>, made: &mut u64) -> Result<(), StandbyError> {
-        let real = local.map(|l| l.ino).filter(|ino| ino & MADE == 0);
+    fn take(&mut self, op: &Op, source: Option<Row>, rows: &mut Noted<'_>, made: &mut u64) -> Result<(), StandbyError> {
+        let dir = source.as_ref().is_some_and(|row| row.entry.is_dir());
+        let real = source.and_then(|row| row.local).map(|l| l.ino).filter(|ino| ino & MADE == 0);
         match op {
             Op::Put { path, entry, content } => {
                 if let (Content::Inline(bytes), Some(hash)) = (content, entry.hash())
@@ -200,7 +203,7 @@ impl Suffix {
                 self.patched.extend(real);
                 self.patches.push(Patch { base: *base, new, size: entry.size(), writes: stored, ino: real });
             }
-            Op::Rename { from, to } => self.moved.extend(real.map(|ino| Moved { from: from.clone(), to: to.clone(), ino })),
+            Op::Rename { from, to } => self.moved.push(Moved { from: from.clone(), to: to.clone(), dir, ino: real }),
             Op::SetMeta { attrs, .. } => {
                 self.times.insert(attrs.mtime);
             }

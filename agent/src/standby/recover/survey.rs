@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use twinbox_protocol::entry::Kind;
 use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::path::RelPath;
-use twinbox_resync::rows::Row;
+use twinbox_resync::rows::{Row, Rows};
 
 use super::Work;
 use crate::standby::copy;
@@ -56,9 +56,19 @@ impl Work<'_> {
     /// Moves what a rename of the log would still find at its old name: cheaper than copying, and checked like everything else afterwards.
     pub(super) fn redo_renames(&mut self) -> Result<(), StandbyError> {
         for moved in std::mem::take(&mut self.suffix.moved) {
+            if moved.dir {
+                // What the log removed before may still be in it, and move along.
+                let below: Vec<RelPath> = self.before.keys().filter_map(|path| path.rebase(&moved.from, &moved.to)).collect();
+                for path in below {
+                    if !self.before.contains_key(&path) {
+                        let row = self.manifest.row(&path)?;
+                        self.before.insert(path, row);
+                    }
+                }
+            }
             let from = self.replica.stat(&moved.from).ok().flatten();
             let to = self.replica.stat(&moved.to).ok().flatten();
-            if to.is_some() || from.is_none_or(|stat| stat.st_ino != moved.ino) {
+            if to.is_some() || from.is_none_or(|stat| Some(stat.st_ino) != moved.ino) {
                 continue;
             }
             let mut above = vec![];

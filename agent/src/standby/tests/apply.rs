@@ -58,6 +58,11 @@ async fn extended_attributes_come_and_go() {
     attrs.xattrs = vec![(ByteBuf::from("system.posix_acl_access"), ByteBuf::from(acl))];
     rig.check(vec![Op::SetMeta { path: p("f"), attrs }]).await;
     rig.check(vec![Op::SetMeta { path: p("f"), attrs: Attrs::of(&file(b"x", 5)) }]).await;
+    // What a directory gives its children by default is not what they have on the primary.
+    let mut inherits = dir(6);
+    inherits.mode = 0o770;
+    inherits.xattrs = vec![(ByteBuf::from("system.posix_acl_default"), ByteBuf::from(acl))];
+    rig.check(vec![Op::Make { path: p("d"), entry: inherits }, put("d/f", b"1", 7), mkdir("d/e", 8)]).await;
 }
 
 #[tokio::test]

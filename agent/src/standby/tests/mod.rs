@@ -3,6 +3,7 @@
 mod adopt;
 mod apply;
 mod hostile;
+mod ordinary;
 mod receive;
 mod recover;
 

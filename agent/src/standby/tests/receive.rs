@@ -1,1 +1,368 @@
-//! Tests.
+//! What is acknowledged, when, and from where contents come.
+
+use twinbox_protocol::msg::BulkItem;
+use twinbox_protocol::ops::Seg;
+use twinbox_resync::redo::RedoReader;
+
+use super::*;
+
+async fn stage(rig: &mut Rig, bytes: &[u8]) -> ContentHash {
+    let hash = ContentHash::of(bytes);
+    let mut object = rig.session.as_ref().unwrap().object().unwrap();
+    for piece in bytes.chunks(100_000) {
+        assert!(!soon(object.item(BulkItem::Seg(Seg::Data(ByteBuf::from(piece))))).await.unwrap());
+    }
+    assert!(soon(object.item(BulkItem::End { hash, size: bytes.len() as u64 })).await.unwrap());
+    hash
+}
+
+fn known(path: &str, bytes: &[u8], secs: i64) -> Op {
+    Op::Put { path: p(path), entry: file(bytes, secs), content: Content::Known }
+}
+
+fn recipe(path: &str, bytes: &[u8], segs: Vec<Seg>, secs: i64) -> Op {
+    Op::Put { path: p(path), entry: file(bytes, secs), content: Content::Recipe(segs) }
+}
+
+#[tokio::test]
+async fn what_is_acknowledged_is_in_the_log_and_many_txns_share_a_sync() {
+    let mut rig = Rig::new().await;
+    rig.hold();
+    let mut last = Lsn::ZERO;
+    for at in 0..200 {
+        last = rig.send(vec![put(&format!("f{at}"), &noise(at, 300), 1)]).await;
+    }
+    rig.durable(last).await;
+    let acks = rig.heard.iter().filter(|m| matches!(m, ToPrimary::Durable { .. })).count();
+    assert!(acks < 150, "{acks} syncs for 200 txns");
+    rig.crash();
+    let mut reader = RedoReader::new(&rig.state().join("redo"), Lsn::ZERO);
+    let lsns: Vec<u64> = std::iter::from_fn(|| reader.next().unwrap()).map(|r| r.frame.lsn.0).collect();
+    assert_eq!(lsns, (1..=200).collect::<Vec<_>>());
+    rig.start().unwrap();
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn parts_of_a_txn_that_was_never_sealed_leave_nothing() {
+    let mut rig = Rig::new().await;
+    rig.check(vec![put("a", b"1", 1)]).await;
+    let many: Vec<Op> = (0..60).map(|at| put(&format!("m{at}"), &noise(at, 60_000), 2)).collect();
+    let (_, frames) = rig.outbox.seal(many, 0, rig.model.digest(), 1).unwrap();
+    assert!(frames.len() > 2);
+    for frame in &frames[..frames.len() - 1] {
+        soon(rig.session.as_ref().unwrap().frame(frame.clone())).await.unwrap();
+    }
+    rig.begin().await.unwrap();
+    rig.check(vec![put("b", b"2", 3)]).await;
+    assert_eq!(rig.outbox.last().lsn, Lsn(3));
+    rig.crash();
+    rig.start().unwrap();
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn references_are_resolved_before_the_ack() {
+    let mut rig = Rig::new().await;
+    let (small, large) = (noise(1, 5000), noise(2, 200_000));
+    let hash = stage(&mut rig, &large).await;
+    assert_eq!(rig.until(|m| matches!(m, ToPrimary::Staged { .. })).await, ToPrimary::Staged { hash });
+    rig.model.bytes.insert(hash, large.clone());
+    rig.check(vec![
+        put("small", &small, 1),
+        known("again", &small, 2),
+        Op::Put { path: p("large"), entry: file(&large, 1), content: Content::Staged },
+        known("twice", &large, 3),
+    ])
+    .await;
+    rig.checkpoint().await;
+    assert_eq!(fs::read_dir(rig.state().join("staging")).unwrap().count(), 0, "unpinned by the checkpoint");
+    // From the tree, though the same txn removes the source; and only the log's own bytes are left to recover from.
+    rig.begin().await.unwrap();
+    let lsn = rig
+        .send(vec![
+            known("moved", &large, 4),
+            known("small2", &small, 4),
+            remove("large"),
+            remove("twice"),
+            remove("small"),
+            remove("again"),
+        ])
+        .await;
+    rig.applied(lsn).await;
+    rig.same();
+    rig.crash();
+    fs::remove_file(rig.root().join("moved")).unwrap();
+    fs::remove_file(rig.root().join("small2")).unwrap();
+    rig.start().unwrap();
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+    assert!(!rig.heard.iter().any(|m| matches!(m, ToPrimary::Miss { .. })));
+}
+
+#[tokio::test]
+async fn a_missing_content_is_asked_for_and_what_precedes_is_acknowledged_first() {
+    let mut rig = Rig::new().await;
+    let (first, bytes) = (rig.send(vec![put("a", b"1", 1)]).await, noise(7, 100_000));
+    let lsn = rig.send(vec![known("f", &bytes, 2), known("g", b"tiny", 2)]).await;
+    let miss = rig.until(|m| matches!(m, ToPrimary::Miss { .. })).await;
+    assert_eq!(miss, ToPrimary::Miss { hash: ContentHash::of(&bytes) });
+    assert!(rig.heard.contains(&ToPrimary::Durable { lsn: first }));
+    rig.model.bytes.insert(ContentHash::of(&bytes), bytes.clone());
+    stage(&mut rig, &bytes).await;
+    rig.until(|m| *m == ToPrimary::Miss { hash: ContentHash::of(b"tiny") }).await;
+    stage(&mut rig, b"tiny").await;
+    rig.applied(lsn).await;
+    rig.same();
+    // A content the primary has no more ends the session; the next one goes on.
+    rig.send_raw(vec![known("h", b"was never there, and is not small enough to be taken for nothing", 3)], 0).await;
+    let ToPrimary::Miss { hash } =
+        rig.until(|m| matches!(m, ToPrimary::Miss { hash } if *hash != ContentHash::of(b"tiny") && *hash != ContentHash::of(&bytes))).await
+    else {
+        unreachable!()
+    };
+    rig.session.as_ref().unwrap().gone(hash);
+    assert_eq!(soon(rig.session.as_ref().unwrap().failed()).await, StandbyError::Gone { hash });
+    rig.begin().await.unwrap();
+    rig.check(vec![put("h", b"something else", 4)]).await;
+}
+
+#[tokio::test]
+async fn recipes_are_put_together_and_checked() {
+    let mut rig = Rig::new().await;
+    let (old, small) = (noise(1, 300_000), noise(2, 2000));
+    stage(&mut rig, &old).await;
+    rig.model.bytes.insert(ContentHash::of(&old), old.clone());
+    rig.check(vec![Op::Put { path: p("old"), entry: file(&old, 1), content: Content::Staged }, put("s", &small, 1)]).await;
+    rig.checkpoint().await;
+    let from = ContentHash::of(&old);
+    let new = [&old[..100_000], b"inserted", &vec![0; 1 << 20], &small[100..200], &old[100_000..]].concat();
+    let segs = vec![
+        Seg::Copy { from, offset: 0, len: 100_000 },
+        Seg::Data(ByteBuf::from("inserted")),
+        Seg::Hole(1 << 20),
+        Seg::Copy { from: ContentHash::of(&small), offset: 100, len: 100 },
+        Seg::Copy { from, offset: 100_000, len: 200_000 },
+    ];
+    rig.model.bytes.insert(ContentHash::of(&new), new.clone());
+    rig.check(vec![recipe("new", &new, segs.clone(), 2), remove("old")]).await;
+    let sparse = fs::metadata(rig.root().join("new")).unwrap();
+    assert!(sparse.blocks() * 512 < sparse.len(), "the hole stays one");
+    // A small result becomes part of the record.
+    let few = [&small[..10], b"x"].concat();
+    rig.check(vec![recipe(
+        "few",
+        &few,
+        vec![Seg::Copy { from: ContentHash::of(&small), offset: 0, len: 10 }, Seg::Data(ByteBuf::from("x"))],
+        3,
+    )])
+    .await;
+    // A source nobody has: the whole is asked for.
+    let lost = Seg::Copy { from: ContentHash([9; 32]), offset: 0, len: 3 };
+    let lsn = rig.send(vec![recipe("lost", b"abc", vec![lost], 4)]).await;
+    rig.until(|m| *m == ToPrimary::Miss { hash: ContentHash::of(b"abc") }).await;
+    stage(&mut rig, b"abc").await;
+    rig.applied(lsn).await;
+    rig.same();
+}
+
+#[tokio::test]
+async fn bulk_objects_keep_holes_and_are_checked() {
+    let mut rig = Rig::new().await;
+    let session = rig.session.take().unwrap();
+    let all: Vec<ObjectWriter> = (0..64).map(|_| session.object().unwrap()).collect();
+    assert!(matches!(session.object(), Err(StandbyError::TooMany { max: 64 })));
+    drop(all);
+    let mut object = session.object().unwrap();
+    let bytes = [b"begin".as_slice(), &vec![0; 1 << 20], b"end"].concat();
+    for seg in [Seg::Data(ByteBuf::from("begin")), Seg::Hole(1 << 20), Seg::Data(ByteBuf::from("end"))] {
+        soon(object.item(BulkItem::Seg(seg))).await.unwrap();
+    }
+    let hash = ContentHash::of(&bytes);
+    soon(object.item(BulkItem::End { hash, size: bytes.len() as u64 })).await.unwrap();
+    let staged = fs::metadata(rig.state().join("staging").join(hash.to_string())).unwrap();
+    assert!(staged.len() == bytes.len() as u64 && staged.blocks() * 512 < staged.len());
+    let mut wrong = session.object().unwrap();
+    soon(wrong.item(BulkItem::Seg(Seg::Data(ByteBuf::from("x"))))).await.unwrap();
+    let error = soon(wrong.item(BulkItem::End { hash: ContentHash([1; 32]), size: 1 })).await.unwrap_err();
+    assert!(matches!(error, StandbyError::Damaged { .. }));
+    assert_eq!(soon(session.failed()).await, error);
+    drop((object, wrong));
+    assert_eq!(fs::read_dir(rig.state().join("staging")).unwrap().count(), 1, "parts do not stay");
+}
+
+#[tokio::test]
+async fn hello_tells_what_is_here_and_rows_can_be_pulled() {
+    let mut rig = Rig::empty();
+    rig.start().unwrap();
+    let start = hello(Position::START, Digest::default());
+    assert_eq!(soon(rig.handle().replica(&start)).await.unwrap(), Replica::Empty);
+    rig.begin().await.unwrap();
+    rig.check((0..2500).map(|at| put(&format!("f{at}"), b"x", 1)).collect()).await;
+    let first = rig.outbox.last();
+    rig.check(vec![put("f1", b"y", 2), remove("f2")]).await;
+    let replica = soon(rig.handle().replica(&hello(first, Digest::default()))).await.unwrap();
+    let holds = Replica::Holds {
+        generation: Generation([2; 16]),
+        epoch: Epoch(1),
+        position: rig.outbox.last(),
+        digest: rig.model.digest(),
+        chain_at_yours: Some(first.chain),
+    };
+    assert_eq!(replica, holds);
+    for (since, rows, batches) in [(None, 2499, 3), (Some(first.lsn), 2, 1)] {
+        let (out, mut got) = tokio::sync::mpsc::channel(100);
+        soon(rig.handle().pull(since, out)).await.unwrap();
+        let (mut seen, mut parts) = (0, 0);
+        while let Some(message) = got.recv().await {
+            match message {
+                ToPrimary::Rows { rows } => {
+                    assert!(rows.len() <= 1000);
+                    seen += rows.len();
+                    parts += 1;
+                }
+                ToPrimary::RowsEnd { position, digest } => assert_eq!((position, digest), (rig.outbox.last(), rig.model.digest())),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((seen, parts), (rows, batches));
+    }
+    // The primary has stored it: tombstones go with the next checkpoint.
+    rig.session.as_ref().unwrap().stored(rig.outbox.last().lsn);
+    rig.check(vec![put("f3", b"z", 3)]).await;
+    rig.checkpoint().await;
+    let (out, mut got) = tokio::sync::mpsc::channel(100);
+    soon(rig.handle().pull(Some(first.lsn), out)).await.unwrap();
+    let Some(ToPrimary::Rows { rows }) = got.recv().await else { panic!() };
+    assert!(rows.iter().all(|(_, row)| row.is_some()));
+}
+
+#[tokio::test]
+async fn a_session_begins_only_where_the_log_ends_or_anew_above_it() {
+    let mut rig = Rig::new().await;
+    rig.check(vec![put("a", b"1", 1)]).await;
+    let handle = rig.handle();
+    let at = |lsn: u64| Position { lsn: Lsn(lsn), chain: twinbox_protocol::ids::ChainHash([9; 32]) };
+    let (out, _keep) = mpsc::unbounded_channel();
+    for (from, reset) in [(at(1), false), (at(7), false), (Position::START, true)] {
+        let refused = soon(handle.begin(from, reset, out.clone())).await.err();
+        assert!(matches!(refused, Some(StandbyError::Position { .. })), "{refused:?}");
+    }
+    let (out, from_standby) = mpsc::unbounded_channel();
+    let old = rig.session.take().unwrap();
+    rig.session = Some(soon(handle.begin(at(50), true, out)).await.unwrap());
+    rig.from_standby = from_standby;
+    rig.heard.clear();
+    assert_eq!(soon(old.failed()).await, StandbyError::Superseded);
+    rig.outbox.handle_restart(at(50));
+    rig.check(vec![put("b", b"2", 2)]).await;
+    assert_eq!(rig.handle().status().durable.lsn, Lsn(51));
+    rig.crash();
+    rig.start().unwrap();
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+    assert_eq!(rig.handle().status().durable.lsn, Lsn(51));
+}
+
+#[tokio::test]
+async fn the_first_sync_is_complete_with_the_first_txn_not_marked_initial() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let mut rig = Rig::empty();
+    let told = Arc::new(AtomicBool::new(false));
+    let tell = told.clone();
+    let mut config = rig.config(false);
+    config.on_complete = Box::new(move |complete| tell.store(complete, Ordering::SeqCst));
+    rig.standby = Some(Standby::start(config, None).unwrap());
+    rig.begin().await.unwrap();
+    let op = put("a", b"1", 1);
+    rig.model.perform(&op).unwrap();
+    let lsn = rig.send_raw(vec![op], FLAG_INITIAL).await;
+    rig.applied(lsn).await;
+    assert!(!rig.handle().status().complete);
+    let lsn = rig.send(vec![put("b", b"1", 1)]).await;
+    rig.applied(lsn).await;
+    assert!(rig.handle().status().complete && told.load(Ordering::SeqCst));
+    rig.crash();
+    rig.start().unwrap();
+    assert!(rig.handle().status().complete, "recovered from the log");
+}
+
+#[tokio::test]
+async fn a_stop_leaves_nothing_to_recover_and_a_small_log_limit_is_kept() {
+    let mut rig = Rig::empty();
+    rig.redo_max = 200_000;
+    rig.start().unwrap();
+    rig.begin().await.unwrap();
+    for at in 0..40 {
+        let lsn = rig.send(vec![put(&format!("f{at}"), &noise(at, 50_000), 1)]).await;
+        rig.durable(lsn).await;
+        assert!(rig.handle().status().redo_bytes <= 300_000);
+    }
+    rig.stop();
+    let manifest = twinbox_resync::manifest::Manifest::open(&rig.state().join("manifest.db"), true).unwrap();
+    assert_eq!(manifest.position().unwrap(), rig.outbox.last());
+    drop(manifest);
+    rig.start().unwrap();
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+}
+
+/// A mount of so many bytes, when we may make one.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(at: PathBuf, size: &str) -> Option<Small> {
+        fs::create_dir_all(&at).unwrap();
+        let done = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&at).output();
+        if !done.is_ok_and(|out| out.status.success()) {
+            eprintln!("SKIPPED: no right to mount a tmpfs");
+            return None;
+        }
+        Some(Small(at))
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_is_never_acknowledged_and_ends_by_itself() {
+    let mut rig = Rig::empty();
+    let Some(_mount) = Small::mount(rig.state(), "68m") else { return };
+    rig.start().unwrap();
+    rig.begin().await.unwrap();
+    rig.check(vec![put("a", b"1", 1)]).await;
+    fs::write(rig.state().join("filler"), vec![1; 5 << 20]).unwrap();
+    let before = rig.outbox.last();
+    rig.send_raw(vec![put("b", b"2", 1)], 0).await;
+    let error = soon(rig.session.as_ref().unwrap().failed()).await;
+    assert!(matches!(error, StandbyError::Full { .. }) && error.to_string().contains("standby disk is full"), "{error}");
+    assert!(rig.problems().iter().any(|m| m.contains("standby disk is full")));
+    assert_eq!(rig.handle().status().durable, before);
+    rig.begin().await.unwrap();
+    assert_eq!(rig.outbox.last(), before);
+    fs::remove_file(rig.state().join("filler")).unwrap();
+    let lsn = rig.send(vec![put("b", b"2", 1)]).await;
+    rig.applied(lsn).await;
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_written_is_latched() {
+    let mut rig = Rig::empty();
+    let Some(mount) = Small::mount(rig.state().join("redo"), "2m") else { return };
+    rig.start().unwrap();
+    rig.begin().await.unwrap();
+    rig.check(vec![put("a", b"1", 1)]).await;
+    let before = rig.outbox.last();
+    let many: Vec<Op> = (0..60).map(|at| put(&format!("m{at}"), &noise(at, 60_000), 2)).collect();
+    rig.send_raw(many, 0).await;
+    let error = soon(rig.session.as_ref().unwrap().failed()).await;
+    assert!(matches!(error, StandbyError::Redo { .. } | StandbyError::Latched { .. }), "{error}");
+    assert_eq!(rig.handle().status().durable, before);
+    let refused = soon(rig.handle().replica(&hello(before, Digest::default()))).await.unwrap_err();
+    assert_eq!(refused.code, twinbox_protocol::msg::RefuseCode::Failed);
+    assert!(rig.handle().status().refusing.is_some());
+    rig.crash();
+    drop(mount);
+}
