@@ -156,7 +156,7 @@ fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
         send(job, BulkItem::End { hash, size: len })?;
     }
     let Some(entry) = tree::entry(&before, xattrs, Some(hash), None) else { return Err(Failure::Unstable) };
-    let found = Found { entry, local: tree::local(&before), nlink: before.st_nlink as u64, body };
+    let found = Found { entry, local: tree::local(&before), nlink: before.st_nlink, body };
     let replaces = job.base.as_ref().map(|(hash, _)| *hash);
     Ok(Outcome::Read { seen: Seen::Present(Box::new(found)), large: large.map(|l| (l, replaces)), staged })
 }

@@ -282,10 +282,8 @@ impl Engine {
 
     fn remember(&mut self, path: &RelPath, found: &Found) -> Result<(), CaptureError> {
         if let (Some(hash), Some((large, replaces))) = (found.entry.hash(), self.larges.remove(path)) {
-            if let Some(chunks) = &large.chunks {
-                if let Ok(mut recent) = self.recent.lock() {
-                    recent.add(hash, chunks);
-                }
+            if let (Some(chunks), Ok(mut recent)) = (&large.chunks, self.recent.lock()) {
+                recent.add(hash, chunks);
             }
             self.view.set_large(hash, &large, replaces)?;
         }
@@ -333,7 +331,8 @@ impl Engine {
     pub(super) fn handle_durable(&mut self, lsn: Lsn) -> Result<(), CaptureError> {
         let done = self.outbox.handle_durable(lsn).map_err(std::io::Error::other)?;
         let now = Instant::now();
-        while let Some((_, _, sent)) = self.flights.pop_front_if(|(at, _, _)| *at <= lsn) {
+        while let Some((_, _, sent)) = self.flights.front().copied().filter(|(at, _, _)| *at <= lsn) {
+            self.flights.pop_front();
             let us = now.duration_since(sent).as_micros().min(u128::from(u32::MAX)) as u32;
             if self.latencies.len() >= LATENCIES {
                 self.latencies.pop_front();

@@ -150,14 +150,12 @@ impl DirtySets {
     pub fn mark(&mut self, group: &[u8], path: &RelPath, content: bool, scan: bool, quiet: bool, now: Instant) {
         let mut fresh = false;
         let state = self.group(group);
-        if state.captured.contains_key(path) || state.staging.contains_key(path) {
-            if !quiet {
-                state.spoiled = true;
-                if let Some(seen) = state.captured.remove(path) {
-                    state.bytes -= weight(&seen).min(state.bytes);
-                }
-                state.staging.remove(path);
+        if !quiet && (state.captured.contains_key(path) || state.staging.contains_key(path)) {
+            state.spoiled = true;
+            if let Some(seen) = state.captured.remove(path) {
+                state.bytes -= weight(&seen).min(state.bytes);
             }
+            state.staging.remove(path);
         }
         state.since.get_or_insert(now);
         let round = self.round;

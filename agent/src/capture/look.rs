@@ -98,7 +98,7 @@ fn try_look(
         let found = tree::entry(stat, xattrs, None, target);
         Look::Seen(
             found.map_or(Seen::Absent, |entry| {
-                Seen::Present(Box::new(Found { entry, local: tree::local(stat), nlink: stat.st_nlink as u64, body: Body::Unread }))
+                Seen::Present(Box::new(Found { entry, local: tree::local(stat), nlink: stat.st_nlink, body: Body::Unread }))
             }),
             None,
         )
@@ -131,7 +131,7 @@ fn try_look(
     let local = tree::local(&before);
     let found = |xattrs, hash, body| {
         tree::entry(&before, xattrs, Some(hash), None)
-            .map_or(Seen::Absent, |entry| Seen::Present(Box::new(Found { entry, local, nlink: before.st_nlink as u64, body })))
+            .map_or(Seen::Absent, |entry| Seen::Present(Box::new(Found { entry, local, nlink: before.st_nlink, body })))
     };
     if let Some((row, hash)) = known.row.and_then(|row| Some((row, row.entry.hash()?)))
         && let Some(then) = row.local

@@ -37,7 +37,7 @@ async fn what_is_acknowledged_is_in_the_log_and_many_txns_share_a_sync() {
     assert!(acks < 150, "{acks} syncs for 200 txns");
     rig.crash();
     let mut reader = RedoReader::new(&rig.state().join("redo"), Lsn::ZERO);
-    let lsns: Vec<u64> = std::iter::from_fn(|| reader.next().unwrap()).map(|r| r.frame.lsn.0).collect();
+    let lsns: Vec<u64> = std::iter::from_fn(|| reader.next_record().unwrap()).map(|r| r.frame.lsn.0).collect();
     assert_eq!(lsns, (1..=200).collect::<Vec<_>>());
     rig.start().unwrap();
     assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
