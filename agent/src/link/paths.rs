@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::net::{Endpoint, Fingerprint};
 use crate::status::AddressStatus;
 
-/// First pause after a failure; doubles up to [`BACKOFF_MAX`].
+/// First pause after a failure; doubles up to `BACKOFF_MAX`.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest pause: a standby that comes back is found within this time.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);

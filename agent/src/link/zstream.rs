@@ -1,7 +1,7 @@
 //! One zstd stream of length-prefixed frames, flushed where the writer says, and its reader that never holds more than one frame.
 //!
 //! The window is 8 MiB with long-distance matching: thousands of similar headers, and a message delivered to many mailboxes, compress against each other. The decoder refuses larger windows and expands at most
-//! [`STEP`] bytes at a time, so a hostile peer cannot make it allocate.
+//! 128 KiB at a time, so a hostile peer cannot make it allocate.
 
 use zstd::stream::raw::{CParameter, DParameter, Decoder, InBuffer, Operation, OutBuffer};
 use zstd::stream::write::Encoder;
