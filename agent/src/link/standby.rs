@@ -312,16 +312,22 @@ async fn data(mut recv: quinn::RecvStream, sessions: &Sessions) -> Result<(), Se
     let mut object = if bulk { Some(session.object()?) } else { None };
     let mut buffer = vec![0; READ];
     while let Some(n) = recv.read(&mut buffer).await? {
-        let mut bodies = vec![];
-        expander.take(&buffer[..n], |body| bodies.push(body))?;
-        for body in bodies {
-            match &mut object {
-                None => session.frame(body).await?,
-                Some(object) => {
-                    if object.item(decode::<BulkItem>(&body, LOG_FRAME_MAX)?).await? {
-                        return Ok(());
+        let mut rest = &buffer[..n];
+        loop {
+            let mut bodies = vec![];
+            let more = expander.take(&mut rest, |body| bodies.push(body))?;
+            for body in bodies {
+                match &mut object {
+                    None => session.frame(body).await?,
+                    Some(object) => {
+                        if object.item(decode::<BulkItem>(&body, LOG_FRAME_MAX)?).await? {
+                            return Ok(());
+                        }
                     }
                 }
+            }
+            if !more {
+                break;
             }
         }
     }
