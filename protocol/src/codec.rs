@@ -160,7 +160,7 @@ fn check_op(op: &Op) -> Result<(), DecodeError> {
 mod tests {
     use super::*;
     use crate::ids::Lsn;
-    use crate::msg::{ROWS_MAX, ToPrimary};
+    use crate::msg::{Position, ROWS_MAX, ToPrimary, ToStandby};
     use crate::ops::FRAME_OPS_MAX;
     use crate::path::RelPath;
 
@@ -182,5 +182,16 @@ mod tests {
         let rows = |count| encode(&ToPrimary::Rows { rows: vec![(RelPath::root(), None); count] });
         assert!(decode::<ToPrimary>(&rows(ROWS_MAX), CONTROL_MAX).is_ok());
         assert_eq!(decode::<ToPrimary>(&rows(ROWS_MAX + 1), CONTROL_MAX), Err(DecodeError::Malformed));
+    }
+
+    #[test]
+    fn a_position_from_outside_can_be_stored_and_added_to() {
+        assert!(decode_log(&removals(Lsn::MAX.0, 1)).is_ok());
+        for number in [Lsn::MAX.0 + 1, u64::MAX] {
+            assert_eq!(decode_log(&removals(number, 1)), Err(DecodeError::Malformed), "{number}");
+            let from = Position { lsn: Lsn(number), ..Position::START };
+            let begin = encode(&ToStandby::Begin { from, reset: true });
+            assert_eq!(decode::<ToStandby>(&begin, CONTROL_MAX), Err(DecodeError::Malformed), "{number}");
+        }
     }
 }
