@@ -593,6 +593,25 @@ mod tests {
     }
 
     #[test]
+    fn a_rename_that_makes_a_name_below_too_long_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = fresh(&dir);
+        let mut deep = RelPath::root();
+        for _ in 0..63 {
+            deep = deep.join(&[b'd'; 255]).unwrap();
+            perform(&mut m, &Op::Make { path: deep.clone(), entry: plain_dir() }).unwrap();
+        }
+        perform(&mut m, &Op::Make { path: p("a"), entry: plain_dir() }).unwrap();
+        perform(&mut m, &put("a/first", b"1")).unwrap();
+        let long = p("a").join(&[b'x'; 255]).unwrap();
+        perform(&mut m, &Op::Put { path: long, entry: file(b"2"), content: Content::Known }).unwrap();
+        let before = (m.digest(), m.below(&p("a")).unwrap());
+        let to = deep.join(&[b'y'; 100]).unwrap();
+        assert!(matches!(perform(&mut m, &Op::Rename { from: p("a"), to }), Err(RowError::NoParent { .. })));
+        assert_eq!((m.digest(), m.below(&p("a")).unwrap()), before);
+    }
+
+    #[test]
     fn damage_and_newer_schema_are_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.db");
