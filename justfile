@@ -24,9 +24,14 @@ demo *ARGS:
 bench *ARGS:
     cargo bench -p twinbox-benches {{ ARGS }}
 
-# Fuzz one target for some seconds (needs a nightly toolchain and cargo-fuzz).
-fuzz TARGET SECONDS="600":
-    cargo +nightly fuzz run {{ TARGET }} -- -max_total_time={{ SECONDS }}
+# Fuzz one target for some seconds (needs cargo-fuzz; RUSTC_BOOTSTRAP lets a stable toolchain instrument). See CONTRIBUTING.md.
+fuzz TARGET SECONDS="600" *ARGS:
+    mkdir -p fuzz/work/{{ TARGET }}
+    RUSTC_BOOTSTRAP=1 cargo fuzz run {{ TARGET }} fuzz/work/{{ TARGET }} fuzz/corpus/{{ TARGET }} -- -max_total_time={{ SECONDS }} -timeout=20 {{ ARGS }}
+
+# Write the committed seed corpora anew, after an encoding changed.
+fuzz-seeds:
+    cargo run --manifest-path fuzz/Cargo.toml --example seeds
 
 # Known vulnerabilities among the dependencies. Apart from `check`: it needs the advisory database from the network.
 advisories:

@@ -205,6 +205,18 @@ fn unusual_spellings_are_edited_or_refused_never_broken() {
 }
 
 #[test]
+fn a_refusal_never_steers_the_terminal_it_is_printed_on() {
+    let top = "node = \"a\\u001b[2J\"\nstate = \"x\\u001b]0;owned\\u0007\"\n";
+    let mirror = "[[mirror]]\nname = \"m\\u0007\"\nroot = \"r\\u009b\"\nlayout = \"\\u001b[31m\"\nrole = \"\\u0000\"\nsweep_interval = \"\\u0008\"\n";
+    let text = format!("{top}{mirror}{mirror}[[peer]]\nnode = \"a\\u001b[2J\"\n");
+    let found = problems(&text);
+    assert!(found.len() > 8, "{found:?}");
+    assert!(found.iter().all(|line| !line.chars().any(char::is_control)), "{found:?}");
+    let long = problems(&format!("state = \"{}\"\n", "x".repeat(100_000)));
+    assert!(long.iter().all(|line| line.len() < 2_100), "{}", long.iter().map(String::len).max().unwrap_or(0));
+}
+
+#[test]
 fn a_peer_is_written_atomically_with_the_mode_kept() {
     let dir = tempfile::tempdir().expect("scratch directory");
     let path = dir.path().join("twinbox.toml");

@@ -155,3 +155,43 @@ fn check_op(op: &Op) -> Result<(), DecodeError> {
         })),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Lsn;
+    use crate::msg::{Position, ROWS_MAX, ToPrimary, ToStandby};
+    use crate::ops::FRAME_OPS_MAX;
+    use crate::path::RelPath;
+
+    fn removals(lsn: u64, count: usize) -> Vec<u8> {
+        let path = RelPath::new(b"a").unwrap();
+        let ops = vec![Op::Remove { path }; count];
+        encode(&LogFrame { lsn: Lsn(lsn), prev: Lsn::ZERO, part: 0, flags: 0, captured_ns: 0, ops, seal: None })
+    }
+
+    #[test]
+    fn many_small_items_do_not_become_a_large_thing_in_memory() {
+        assert!(decode_log(&removals(1, FRAME_OPS_MAX)).is_ok());
+        // Within the bytes of a frame, but hundreds of MB once decoded.
+        for count in [FRAME_OPS_MAX + 1, 2_000_000] {
+            let body = removals(1, count);
+            assert!(body.len() < LOG_FRAME_MAX);
+            assert_eq!(decode_log(&body), Err(DecodeError::Malformed), "{count} ops");
+        }
+        let rows = |count| encode(&ToPrimary::Rows { rows: vec![(RelPath::root(), None); count] });
+        assert!(decode::<ToPrimary>(&rows(ROWS_MAX), CONTROL_MAX).is_ok());
+        assert_eq!(decode::<ToPrimary>(&rows(ROWS_MAX + 1), CONTROL_MAX), Err(DecodeError::Malformed));
+    }
+
+    #[test]
+    fn a_position_from_outside_can_be_stored_and_added_to() {
+        assert!(decode_log(&removals(Lsn::MAX.0, 1)).is_ok());
+        for number in [Lsn::MAX.0 + 1, u64::MAX] {
+            assert_eq!(decode_log(&removals(number, 1)), Err(DecodeError::Malformed), "{number}");
+            let from = Position { lsn: Lsn(number), ..Position::START };
+            let begin = encode(&ToStandby::Begin { from, reset: true });
+            assert_eq!(decode::<ToStandby>(&begin, CONTROL_MAX), Err(DecodeError::Malformed), "{number}");
+        }
+    }
+}

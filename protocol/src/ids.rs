@@ -8,12 +8,29 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// Position of a transaction in its mirror's sequence. 0 means "before the first".
+///
+/// One that is read, from a peer or a disk, is at most [`Lsn::MAX`]: SQLite keeps it as a signed number, and whoever has one may add to it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
+#[serde(try_from = "u64")]
 pub struct Lsn(pub u64);
+
+/// A number that is no position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("LSN {0} is beyond the last one")]
+pub struct BadLsn(u64);
+
+impl TryFrom<u64> for Lsn {
+    type Error = BadLsn;
+    fn try_from(number: u64) -> Result<Self, BadLsn> {
+        if number <= Lsn::MAX.0 { Ok(Lsn(number)) } else { Err(BadLsn(number)) }
+    }
+}
 
 impl Lsn {
     /// The position before any transaction.
     pub const ZERO: Lsn = Lsn(0);
+    /// The last position there can be.
+    pub const MAX: Lsn = Lsn(i64::MAX as u64);
     /// The next position. LSNs are 64 bits: at a million a second they last half a million years.
     #[must_use]
     pub fn next(self) -> Lsn {

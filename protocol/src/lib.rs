@@ -4,6 +4,7 @@
 //! [`entry`] says what a path holds, [`content`] names bytes, [`chunk`] finds what changed in large files, [`ops`] is the log's
 //! language, [`outbox`] numbers and chains it, [`msg`] and [`codec`] carry it, [`hello`] compares two nodes' memories.
 
+mod bounded;
 pub mod chunk;
 pub mod codec;
 pub mod content;

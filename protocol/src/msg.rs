@@ -10,6 +10,9 @@ use crate::entry::Entry;
 use crate::ids::{ChainHash, ContentHash, Epoch, Generation, Incarnation, Lsn, MirrorId};
 use crate::path::RelPath;
 
+/// Most rows in one message. A row of two bytes takes near a hundred times that in memory, so a peer is held to it.
+pub const ROWS_MAX: usize = 16 * 1024;
+
 /// A place in the log: its number and the hash of everything up to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Position {
@@ -165,7 +168,8 @@ pub enum ToPrimary {
     },
     /// Part of the answer to a pull: a path and its entry, or `None` when it is gone.
     Rows {
-        /// Some rows.
+        /// Some rows, at most [`ROWS_MAX`].
+        #[serde(deserialize_with = "crate::bounded::seq::<_, _, ROWS_MAX>")]
         rows: Vec<(RelPath, Option<Entry>)>,
     },
     /// End of the answer to a pull.

@@ -15,6 +15,12 @@ pub const INLINE_MAX: usize = 64 * 1024;
 /// Most data bytes of one op (recipe or patch) in the log; more goes ahead on a bulk stream.
 pub const OP_DATA_MAX: usize = 2 * 1024 * 1024;
 
+/// Bytes an op counts for besides its path and data: see [`Op::weight`].
+const OP_WEIGHT: usize = 64;
+/// Most ops in one frame. A frame is closed once its ops weigh [`crate::outbox::PART_BYTES`], so there are never more; and an op of two
+/// bytes takes a hundred times that in memory, so a peer is held to it before they are.
+pub const FRAME_OPS_MAX: usize = crate::outbox::PART_BYTES / OP_WEIGHT + 1;
+
 /// One piece of a content's recipe.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Seg {
@@ -147,19 +153,20 @@ impl Op {
     /// Roughly the bytes it takes in memory and on the wire before compression.
     #[must_use]
     pub fn weight(&self) -> usize {
-        64 + match self {
-            Op::Put { path, content, .. } => {
-                path.as_bytes().len()
-                    + match content {
-                        Content::Inline(bytes) => bytes.len(),
-                        Content::Recipe(segs) => segs.iter().map(|s| if let Seg::Data(d) = s { d.len() } else { 48 }).sum(),
-                        Content::Known | Content::Staged => 0,
-                    }
+        OP_WEIGHT
+            + match self {
+                Op::Put { path, content, .. } => {
+                    path.as_bytes().len()
+                        + match content {
+                            Content::Inline(bytes) => bytes.len(),
+                            Content::Recipe(segs) => segs.iter().map(|s| if let Seg::Data(d) = s { d.len() } else { 48 }).sum(),
+                            Content::Known | Content::Staged => 0,
+                        }
+                }
+                Op::Patch { path, writes, .. } => path.as_bytes().len() + writes.iter().map(|(_, b)| b.len() + 8).sum::<usize>(),
+                Op::Rename { from, to } | Op::Link { from, to } => from.as_bytes().len() + to.as_bytes().len(),
+                Op::Make { path, .. } | Op::Remove { path } | Op::SetMeta { path, .. } => path.as_bytes().len(),
             }
-            Op::Patch { path, writes, .. } => path.as_bytes().len() + writes.iter().map(|(_, b)| b.len() + 8).sum::<usize>(),
-            Op::Rename { from, to } | Op::Link { from, to } => from.as_bytes().len() + to.as_bytes().len(),
-            Op::Make { path, .. } | Op::Remove { path } | Op::SetMeta { path, .. } => path.as_bytes().len(),
-        }
     }
 }
 
@@ -190,7 +197,8 @@ pub struct LogFrame {
     pub flags: u8,
     /// When the cut was taken: nanoseconds since 1970 by the primary's clock.
     pub captured_ns: i64,
-    /// What to do.
+    /// What to do, at most [`FRAME_OPS_MAX`].
+    #[serde(deserialize_with = "crate::bounded::seq::<_, _, FRAME_OPS_MAX>")]
     pub ops: Vec<Op>,
     /// In the last part.
     pub seal: Option<Seal>,

@@ -18,7 +18,7 @@ use twinbox_protocol::digest::{Digest, DigestKey};
 use twinbox_protocol::entry::{Entry, Kind, Time};
 use twinbox_protocol::ids::{ChainHash, ContentHash, Lsn};
 use twinbox_protocol::msg::Position;
-use twinbox_protocol::path::RelPath;
+use twinbox_protocol::path::{NAME_MAX, RelPath};
 
 use crate::rows::{Local, Row, RowError, Rows};
 use crate::schema::{self, StateError};
@@ -473,7 +473,8 @@ impl Rows for Manifest {
     }
 
     fn below(&self, dir: &RelPath) -> Result<Vec<(RelPath, Row)>, RowError> {
-        let (low, high) = dir.below().unwrap_or((vec![], vec![0xff; 8]));
+        // A name is too short to hold that many bytes, so every directory sorts before them.
+        let (low, high) = dir.below().unwrap_or((vec![], vec![0xff; NAME_MAX + 1]));
         type Keyed = (Vec<u8>, Vec<u8>, Row);
         let read = || -> rusqlite::Result<Vec<Keyed>> {
             let mut statement = self.db.prepare_cached(
@@ -590,6 +591,37 @@ mod tests {
             assert!(perform(&mut m, &op).is_err(), "{op:?}");
             assert_eq!(m.digest(), before);
         }
+    }
+
+    #[test]
+    fn a_rename_that_makes_a_name_below_too_long_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = fresh(&dir);
+        let mut deep = RelPath::root();
+        for _ in 0..63 {
+            deep = deep.join(&[b'd'; 255]).unwrap();
+            perform(&mut m, &Op::Make { path: deep.clone(), entry: plain_dir() }).unwrap();
+        }
+        perform(&mut m, &Op::Make { path: p("a"), entry: plain_dir() }).unwrap();
+        perform(&mut m, &put("a/first", b"1")).unwrap();
+        let long = p("a").join(&[b'x'; 255]).unwrap();
+        perform(&mut m, &Op::Put { path: long, entry: file(b"2"), content: Content::Known }).unwrap();
+        let before = (m.digest(), m.below(&p("a")).unwrap());
+        let to = deep.join(&[b'y'; 100]).unwrap();
+        assert!(matches!(perform(&mut m, &Op::Rename { from: p("a"), to }), Err(RowError::NoParent { .. })));
+        assert_eq!((m.digest(), m.below(&p("a")).unwrap()), before);
+    }
+
+    #[test]
+    fn everything_is_below_the_root_whatever_its_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = fresh(&dir);
+        let high = RelPath::new(&[0xff; NAME_MAX]).unwrap();
+        perform(&mut m, &Op::Make { path: high.clone(), entry: plain_dir() }).unwrap();
+        let inside = high.join(b"x").unwrap();
+        perform(&mut m, &Op::Put { path: inside.clone(), entry: file(b"1"), content: Content::Known }).unwrap();
+        let all: Vec<RelPath> = m.below(&RelPath::root()).unwrap().into_iter().map(|(path, _)| path).collect();
+        assert_eq!(all, [high, inside]);
     }
 
     #[test]

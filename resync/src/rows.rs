@@ -139,8 +139,12 @@ pub fn perform(rows: &mut impl Rows, op: &Op) -> Result<(), RowError> {
             parent_is_dir(rows, to)?;
             replaceable(rows, to, row.entry.is_dir())?;
             let below = if row.entry.is_dir() { rows.below(from)? } else { vec![] };
-            for (path, row) in below {
-                let moved = path.rebase(from, to).ok_or_else(|| RowError::NoParent { path: path.clone() })?;
+            // Before the first row is touched: a name below may become too long.
+            let moves = below.into_iter().map(|(path, row)| match path.rebase(from, to) {
+                Some(moved) => Ok((path, moved, row)),
+                None => Err(RowError::NoParent { path }),
+            });
+            for (path, moved, row) in moves.collect::<Result<Vec<_>, _>>()? {
                 rows.set(&path, None)?;
                 rows.set(&moved, Some(row))?;
             }

@@ -646,9 +646,27 @@ pub(super) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
+/// How far a peer's clock is ahead of ours, in milliseconds; it says what it likes.
+#[must_use]
+pub fn skew_ms(theirs_ns: i64) -> i64 {
+    theirs_ns.saturating_sub(wall_ns()) / 1_000_000
+}
+
 /// Nanoseconds since 1970.
 #[must_use]
 pub fn wall_ns() -> i64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     now.tv_sec * 1_000_000_000 + now.tv_nsec
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{skew_ms, wall_ns};
+
+    #[test]
+    fn a_clock_that_is_out_of_its_mind_is_only_that() {
+        assert!(skew_ms(i64::MIN) < -1_000_000);
+        assert!(skew_ms(i64::MAX) > 1_000_000);
+        assert!(skew_ms(wall_ns()).abs() < 60_000);
+    }
 }

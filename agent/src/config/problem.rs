@@ -1,6 +1,6 @@
 //! What can be wrong with a configuration file, and how it is told: where, what, and what to write instead.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -196,9 +196,21 @@ impl Problems {
 }
 
 /// `12:3: unknown key …`
+///
+/// Some kinds carry text of the file as it stands there. It is printed on a terminal: what could steer one is escaped here, for all of
+/// them, and a value that fills a page is cut.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: {}", self.line, self.column, self.kind)
+        const CHARS_MAX: usize = 500;
+        write!(f, "{}:{}: ", self.line, self.column)?;
+        for (n, c) in self.kind.to_string().chars().enumerate() {
+            match c {
+                _ if n == CHARS_MAX => return f.write_char('…'),
+                _ if c.is_control() => write!(f, "{}", c.escape_debug())?,
+                _ => f.write_char(c)?,
+            }
+        }
+        Ok(())
     }
 }
 

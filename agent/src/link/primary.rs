@@ -12,7 +12,7 @@ use twinbox_protocol::msg::{BulkItem, StreamHead, ToPrimary, ToStandby};
 
 use super::paths::Paths;
 use super::zstream::Compressor;
-use crate::capture::engine::wall_ns;
+use crate::capture::engine::{skew_ms, wall_ns};
 use crate::capture::messages::BulkMessage;
 use crate::capture::{CaptureHandle, Command, Step, ToLink};
 use crate::net::framed::{FrameError, FrameReader, write_frame};
@@ -133,7 +133,7 @@ async fn session(
             _ => return Err(SessionError::OutOfTurn),
         }
     };
-    let skew = (welcome.wall_ns - wall_ns()) / 1_000_000;
+    let skew = skew_ms(welcome.wall_ns);
     if skew.unsigned_abs() > SKEW_REPORTED.as_millis() as u64 {
         tracing::warn!(
             mirror,
@@ -250,7 +250,7 @@ fn heard(message: ToPrimary, capture: &CaptureHandle, shared: &Mutex<PeerLink>) 
         ToPrimary::Staged { hash } => capture.send(Command::Staged(hash)),
         ToPrimary::Miss { hash } => capture.send(Command::Miss(hash)),
         ToPrimary::Heartbeat { wall_ns: theirs, .. } => {
-            note(&|link| link.skew_ms = Some((theirs - wall_ns()) / 1_000_000));
+            note(&|link| link.skew_ms = Some(skew_ms(theirs)));
             capture.send(Command::Heard)
         }
         ToPrimary::Problem { message } => {

@@ -17,7 +17,7 @@ use twinbox_protocol::msg::{BulkItem, Hello, RefuseCode, Replica, StreamHead, To
 use twinbox_resync::node::{MirrorState, NodeState, Role};
 
 use super::zstream::Expander;
-use crate::capture::engine::wall_ns;
+use crate::capture::engine::{skew_ms, wall_ns};
 use crate::net::{CloseCode, FrameReader, Incoming, close, read_frame, write_frame};
 use crate::standby::{Session, StandbyHandle};
 
@@ -134,7 +134,7 @@ impl Server {
             let _ = send.finish();
             return Ok(());
         };
-        let skew = (hello.wall_ns - wall_ns()) / 1_000_000;
+        let skew = skew_ms(hello.wall_ns);
         if skew.abs() > 1000 {
             tracing::warn!(peer, skew_ms = skew, "the primary's clock differs from ours: set both by NTP");
         }
@@ -187,7 +187,7 @@ impl Server {
                             }
                             if let Ok(mut seen) = served.seen.lock() {
                                 seen.connected = session.is_some();
-                                seen.peer = Some((peer.into(), hello.software.clone(), (theirs - wall_ns()) / 1_000_000));
+                                seen.peer = Some((peer.into(), hello.software.clone(), skew_ms(theirs)));
                             }
                             write_frame(&mut send, &ToPrimary::Heartbeat { seq, wall_ns: wall_ns() }).await?;
                         }
@@ -312,16 +312,22 @@ async fn data(mut recv: quinn::RecvStream, sessions: &Sessions) -> Result<(), Se
     let mut object = if bulk { Some(session.object()?) } else { None };
     let mut buffer = vec![0; READ];
     while let Some(n) = recv.read(&mut buffer).await? {
-        let mut bodies = vec![];
-        expander.take(&buffer[..n], |body| bodies.push(body))?;
-        for body in bodies {
-            match &mut object {
-                None => session.frame(body).await?,
-                Some(object) => {
-                    if object.item(decode::<BulkItem>(&body, LOG_FRAME_MAX)?).await? {
-                        return Ok(());
+        let mut rest = &buffer[..n];
+        loop {
+            let mut bodies = vec![];
+            let more = expander.take(&mut rest, |body| bodies.push(body))?;
+            for body in bodies {
+                match &mut object {
+                    None => session.frame(body).await?,
+                    Some(object) => {
+                        if object.item(decode::<BulkItem>(&body, LOG_FRAME_MAX)?).await? {
+                            return Ok(());
+                        }
                     }
                 }
+            }
+            if !more {
+                break;
             }
         }
     }
