@@ -249,6 +249,10 @@ impl Engine {
             Err(error @ PlanError::Store { .. }) => return Err(std::io::Error::other(error).into()),
             Err(PlanError::Rescan { path, why }) => {
                 tracing::debug!(mirror = %self.config.name, %path, why, "looked at again");
+                // What moved between these groups is still one txn.
+                for (a, b) in unit.iter().zip(unit.iter().skip(1)) {
+                    self.sets.join(a, b);
+                }
                 for moved in hints.into_iter().map(|h| h.to).chain(self.sets.distrust()).chain([path]) {
                     self.mark(&moved, true, true, false);
                     self.scan.push(moved);

@@ -44,8 +44,8 @@ pub struct GroupState {
     pub captured: BTreeMap<RelPath, Seen>,
     /// Content on its way ahead on a bulk stream: path ▶ job number.
     pub staging: BTreeMap<RelPath, u64>,
-    /// Renames seen since the last commit, in order.
-    pub hints: Vec<Hint>,
+    /// Renames seen since the last commit, in order, each with its place among those of all groups.
+    pub hints: Vec<(u64, Hint)>,
     /// How many of them were seen before the round's first boundary: only these belong to its cut.
     pub frozen: usize,
     /// A captured member was touched since the round began.
@@ -74,6 +74,7 @@ pub struct DirtySets {
     origins: BTreeMap<RelPath, RelPath>,
     count: usize,
     round: u64,
+    renames: u64,
 }
 
 impl DirtySets {
@@ -97,9 +98,11 @@ impl DirtySets {
     /// Whether a round would find something to look at or to commit.
     #[must_use]
     pub fn has_work(&self, now: Instant) -> bool {
-        self.groups.values().any(|g| {
+        // A group cut together with one that waits (for its time, or for the standby to stage an object) waits too: a round would commit nothing, again and again.
+        let waits = |name: &Group| self.groups.get(name).is_some_and(|g| !g.dirty.is_empty() || !g.staging.is_empty());
+        self.groups.iter().any(|(name, g)| {
             g.dirty.values().any(|m| m.not_before.is_none_or(|at| at <= now))
-                || (g.dirty.is_empty() && g.staging.is_empty() && !g.captured.is_empty())
+                || (!g.captured.is_empty() && !waits(name) && !self.closure(name).iter().any(waits))
         })
     }
 
@@ -149,6 +152,8 @@ impl DirtySets {
     /// Marks a path; an observation of it made before is void, and the round it belongs to is spoiled unless `quiet` (a directory's own times).
     pub fn mark(&mut self, group: &[u8], path: &RelPath, content: bool, scan: bool, quiet: bool, now: Instant) {
         let mut fresh = false;
+        // What is voided may have been looked at because its bytes changed: an event that says less (utimes after a write) must not take that back.
+        let content = content || (!quiet && self.holds_content(group, path));
         let state = self.group(group);
         if !quiet && (state.captured.contains_key(path) || state.staging.contains_key(path)) {
             state.spoiled = true;
@@ -176,6 +181,12 @@ impl DirtySets {
                 Mark { content, scan, since: now, last: now, not_before: quiet.then(|| now + QUIET), round, quiet }
             });
         self.count += usize::from(fresh);
+    }
+
+    /// Whether an observation of the path holds bytes, or they are being read.
+    fn holds_content(&self, group: &[u8], path: &RelPath) -> bool {
+        let read = |seen: &Seen| matches!(seen, Seen::Present(found) if found.body != twinbox_resync::plan::Body::Unread);
+        self.groups.get(group).is_some_and(|g| g.staging.contains_key(path) || g.captured.get(path).is_some_and(read))
     }
 
     /// Takes a path out of a group's dirty set.
@@ -214,20 +225,37 @@ impl DirtySets {
 
     /// A rename was seen: what was known of the old name belongs to the new one.
     pub fn renamed(&mut self, from: (&[u8], &RelPath), to: (&[u8], &RelPath), is_dir: bool, now: Instant) {
-        let content = self.take(from.0, from.1).is_some_and(|mark| mark.content);
+        let read = self.holds_content(from.0, from.1);
+        let (content, scan) = self.take(from.0, from.1).map_or((false, false), |mark| (mark.content, mark.scan));
         self.mark(from.0, from.1, false, false, false, now);
-        self.mark(to.0, to.1, content, false, false, now);
-        let origin = self.origin(from.1);
+        self.mark(to.0, to.1, content || read, scan, false, now);
         if is_dir {
             self.move_below(from.1, to.1, to.0, now);
         }
-        self.origins.remove(from.1);
-        self.origins.insert(to.1.clone(), origin);
+        self.move_origins(from.1, to.1);
         if from.0 != to.0 {
             self.joins.insert((from.0.to_vec(), to.0.to_vec()));
         }
         let hint = Hint { from: from.1.clone(), to: to.1.clone() };
-        self.group(to.0).hints.push(hint);
+        self.renames += 1;
+        let at = self.renames;
+        self.group(to.0).hints.push((at, hint));
+    }
+
+    /// What `to` and all below it has its rows where `from` had them.
+    fn move_origins(&mut self, from: &RelPath, to: &RelPath) {
+        let origin = self.origin(from);
+        if let Some((low, high)) = from.below() {
+            let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
+            let origins: Vec<RelPath> = self.origins.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
+            for path in origins {
+                if let (Some(origin), Some(new)) = (self.origins.remove(&path), path.rebase(from, to)) {
+                    self.origins.insert(new, origin);
+                }
+            }
+        }
+        self.origins.remove(from);
+        self.origins.insert(to.clone(), origin);
     }
 
     /// Everything dirty or captured below `from` is dirty below `to`; `group` is the one of `to`.
@@ -238,9 +266,9 @@ impl DirtySets {
         for state in self.groups.values_mut() {
             let dirty: Vec<RelPath> = state.dirty.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in dirty {
-                let content = state.dirty.remove(&path).is_some_and(|m| m.content);
+                let (content, scan) = state.dirty.remove(&path).map_or((false, false), |m| (m.content, m.scan));
                 self.count -= 1;
-                moved.push((path, content));
+                moved.push((path, content, scan));
             }
             let captured: Vec<RelPath> = state.captured.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in captured {
@@ -248,24 +276,18 @@ impl DirtySets {
                     state.bytes -= weight(&seen).min(state.bytes);
                 }
                 state.spoiled = true;
-                moved.push((path, true));
+                moved.push((path, true, false));
             }
             let staging: Vec<RelPath> = state.staging.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in staging {
                 state.staging.remove(&path);
                 state.spoiled = true;
-                moved.push((path, true));
+                moved.push((path, true, false));
             }
         }
-        let origins: Vec<RelPath> = self.origins.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
-        for path in origins {
-            if let (Some(origin), Some(new)) = (self.origins.remove(&path), path.rebase(from, to)) {
-                self.origins.insert(new, origin);
-            }
-        }
-        for (path, content) in moved {
+        for (path, content, scan) in moved {
             if let Some(new) = path.rebase(from, to) {
-                self.mark(group, &new, content, false, false, now);
+                self.mark(group, &new, content, scan, false, now);
             }
         }
     }
@@ -334,16 +356,23 @@ impl DirtySets {
             since = [since, state.since].into_iter().flatten().min();
             state.since = state.dirty.values().map(|m| m.since).min();
         }
-        if self.groups.values().all(|g| g.hints.is_empty()) {
-            self.origins.clear();
+        // Renames of different groups build on each other: in the order they were seen.
+        hints.sort_by_key(|(at, _)| *at);
+        // The committed renames are in the rows now: what is left starts from there.
+        self.origins.clear();
+        let mut left: Vec<(u64, Hint)> = self.groups.values().flat_map(|g| g.hints.iter().cloned()).collect();
+        left.sort_by_key(|(at, _)| *at);
+        for (_, hint) in left {
+            self.move_origins(&hint.from, &hint.to);
         }
-        self.joins.retain(|(a, _)| !names.contains(a));
+        // A rename seen after the boundary is not in this cut: its groups are still to be cut together.
+        self.joins.retain(|(a, b)| !names.contains(a) || self.groups.get(b).is_some_and(|g| !g.hints.is_empty()));
         for name in names {
             if self.groups.get(name).is_some_and(|g| g.is_clean() && g.hints.is_empty()) {
                 self.groups.remove(name);
             }
         }
-        (seen, hints, since)
+        (seen, hints.into_iter().map(|(_, hint)| hint).collect(), since)
     }
 
     /// Forgets everything (it will be found again by comparing).
@@ -354,7 +383,7 @@ impl DirtySets {
     /// Forgets every rename seen: gives the new names, which must be compared anew with all that is below them.
     pub fn distrust(&mut self) -> Vec<RelPath> {
         self.origins.clear();
-        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|hint| hint.to).collect()
+        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|(_, hint)| hint.to).collect()
     }
 }
 
@@ -405,5 +434,84 @@ mod tests {
         assert_eq!(sets.origin(&p("b/e")), p("b/e"));
         assert_eq!(sets.closure(b"a"), [b"a".to_vec(), b"b".to_vec()].into());
         assert!(sets.closure(b"c").len() == 1);
+    }
+
+    #[test]
+    fn a_rename_seen_after_the_boundary_keeps_its_groups_joined_past_the_commit() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.mark(b"a", &p("a/other"), true, false, false, now);
+        sets.start_round();
+        sets.freeze(b"a");
+        sets.take(b"a", &p("a/other"));
+        sets.captured(b"a", p("a/other"), Seen::Absent);
+        sets.renamed((b"a", &p("a/x")), (b"b", &p("b/y")), false, now);
+        let unit = sets.closure(b"a");
+        assert!(unit.iter().all(|name| sets.is_round_whole(name)));
+        let (seen, hints, _) = sets.commit(&unit);
+        assert!(seen.len() == 1 && hints.is_empty());
+        assert_eq!(sets.closure(b"a").len(), 2, "else the removal of a/x is committed without b/y: the message is nowhere");
+    }
+
+    #[test]
+    fn an_event_that_voids_an_observation_of_content_asks_for_the_content_again() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        let file = |path: &str| {
+            let kind = twinbox_protocol::entry::Kind::File { size: 1, hash: twinbox_protocol::ids::ContentHash::of(b"x") };
+            let entry = twinbox_protocol::entry::Entry { kind, ..twinbox_resync::manifest::plain_dir() };
+            let local = twinbox_resync::rows::Local { ino: 1, ctime: twinbox_protocol::entry::Time::default() };
+            let body = twinbox_resync::plan::Body::Bytes(b"x".to_vec());
+            (p(path), Seen::Present(Box::new(twinbox_resync::plan::Found { entry, local, nlink: 1, body })))
+        };
+        let (x, seen) = file("g/x");
+        sets.captured(b"g", x.clone(), seen);
+        sets.mark(b"g", &x, false, false, false, now);
+        assert!(sets.group(b"g").dirty[&x].content, "a write, then utimes: the second event does not take back the first");
+        let (y, seen) = file("g/y");
+        sets.captured(b"g", y.clone(), seen);
+        sets.renamed((b"g", &y), (b"g", &p("g/z")), false, now);
+        assert!(sets.group(b"g").dirty[&p("g/z")].content, "a write, then a rename");
+        sets.group(b"g").staging.insert(p("g/s"), 1);
+        sets.renamed((b"g", &p("g/s")), (b"g", &p("g/t")), false, now);
+        assert!(sets.group(b"g").dirty[&p("g/t")].content, "read ahead, then a rename");
+        sets.mark(b"g", &p("g/u"), false, true, false, now);
+        sets.renamed((b"g", &p("g/u")), (b"g", &p("g/v")), false, now);
+        assert!(sets.group(b"g").dirty[&p("g/v")].scan, "found by a comparison, then a rename");
+    }
+
+    #[test]
+    fn committed_renames_are_no_origins_any_more_and_those_left_start_from_the_new_rows() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.renamed((b"a", &p("a/d")), (b"a", &p("a/e")), true, now);
+        sets.freeze(b"a");
+        sets.renamed((b"a", &p("a/e")), (b"a", &p("a/f")), true, now);
+        sets.renamed((b"b", &p("b/x")), (b"b", &p("b/y")), false, now);
+        assert_eq!(sets.origin(&p("a/f/m")), p("a/d/m"));
+        sets.commit(&[b"a".to_vec()].into());
+        assert_eq!(sets.origin(&p("a/f/m")), p("a/e/m"), "the first rename is in the rows now");
+        assert_eq!(sets.origin(&p("b/y")), p("b/x"));
+        sets.freeze(b"a");
+        sets.commit(&[b"a".to_vec()].into());
+        assert_eq!(sets.origin(&p("a/f/m")), p("a/f/m"), "though another group still has renames");
+    }
+
+    #[test]
+    fn renames_across_groups_are_committed_in_the_order_they_were_seen() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.renamed((b"a", &p("a/d")), (b"b", &p("b/t")), true, now);
+        sets.renamed((b"b", &p("b/d")), (b"a", &p("a/d")), true, now);
+        sets.renamed((b"b", &p("b/t")), (b"b", &p("b/d")), true, now);
+        let unit = sets.closure(b"a");
+        unit.iter().for_each(|name| sets.freeze(name));
+        let to: Vec<String> = sets.commit(&unit).1.iter().map(|h| h.to.to_string()).collect();
+        assert_eq!(to, ["b/t", "a/d", "b/d"]);
+    }
+
+    #[test]
+    fn a_group_joined_to_one_that_waits_for_its_bulk_object_is_no_work() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.captured(b"a", p("a/x"), Seen::Absent);
+        sets.group(b"b").staging.insert(p("b/big"), 1);
+        sets.join(b"a", b"b");
+        assert!(!sets.has_work(now), "a round could commit nothing: the thread would spin until the object is staged");
     }
 }
