@@ -15,7 +15,7 @@ use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
 
 use super::bulk::Job;
-use super::dirty::{Group, Mark};
+use super::dirty::{Group, Mark, Pending};
 use super::engine::{CaptureError, Engine, Waiter};
 use super::look::{Known, Look, look};
 use super::messages::ToLink;
@@ -96,7 +96,7 @@ impl Engine {
     }
 
     fn is_cut(&mut self, unit: &BTreeSet<Group>) -> bool {
-        if !self.complete {
+        if !self.complete && !self.scan.is_done() {
             return true;
         }
         self.scan.is_done() && unit.iter().all(|name| self.sets.is_round_whole(name))
@@ -164,7 +164,8 @@ impl Engine {
                 let read = super::dirty::weight(&seen);
                 if let Seen::Present(found) = &seen {
                     self.other_names(name, &path, found, row.as_ref())?;
-                    if matches!(found.body, Body::Bytes(_) | Body::Recipe(_)) && self.sets.group(name).bytes > GROUP_BYTES && self.complete
+                    if matches!(found.body, Body::Bytes(_) | Body::Recipe(_)) && self.sets.group(name).bytes > GROUP_BYTES
+                        && (self.complete || self.scan.is_done())
                     {
                         return self.send_ahead(name, path, row.as_ref()).map(|()| 0);
                     }
@@ -207,8 +208,9 @@ impl Engine {
         for other in self.view.by_ino(found.local.ino)? {
             let group = self.group_of(&other, false);
             self.sets.join(name, &group);
-            let state = self.sets.group(&group);
-            if other != *path && !state.dirty.contains_key(&other) && !state.captured.contains_key(&other) {
+            // Seen before the inode changed under this name is not seen.
+            let same = self.sets.seen(&group, &other) == Pending::Seen(Some(found.local));
+            if other != *path && !same && !self.sets.group(&group).dirty.contains_key(&other) {
                 self.sets.mark(&group, &other, false, true, false, Instant::now());
                 self.sets.group(name).spoiled = true; // Not without them.
             }
@@ -272,10 +274,9 @@ impl Engine {
                 Seen::Absent => {}
             }
         }
-        for name in unit {
-            self.waiters.iter_mut().filter_map(|w| w.groups.as_mut()).for_each(|groups| {
-                groups.remove(name);
-            });
+        let lasts = self.last_groups.iter_mut().map(|(groups, _)| groups);
+        for groups in self.waiters.iter_mut().filter_map(|w| w.groups.as_mut()).chain(lasts) {
+            groups.retain(|name| !unit.contains(name));
         }
         if ops.is_empty() {
             return Ok(false);
@@ -319,7 +320,17 @@ impl Engine {
 
     /// When everything found by the first comparison is durable, says so with a txn of its own.
     pub(super) fn finish_first_sync(&mut self) -> Result<(), CaptureError> {
-        if self.complete || self.session.is_none() || !self.scan.is_done() || !self.sets.is_clean() || self.outbox.in_flight().len() > 0 {
+        if self.complete || self.session.is_none() || !self.scan.is_done() {
+            self.last_groups = None;
+            return Ok(());
+        }
+        // From here on cuts are whole. Each group that had something left is waited for once: on a busy store there is no moment at which nothing is dirty or in flight.
+        let all = || self.sets.groups().map(|(name, _)| name.clone()).collect();
+        let (mut groups, at) = self.last_groups.take().unwrap_or_else(|| (all(), None));
+        groups.retain(|name| !self.sets.group_is_clean(name));
+        let at = if groups.is_empty() { at.or(Some(self.outbox.last().lsn)) } else { None };
+        if !at.is_some_and(|at| self.outbox.in_flight().next().is_none_or(|first| first.position.lsn > at)) {
+            self.last_groups = Some((groups, at));
             return Ok(());
         }
         self.reserve()?;

@@ -66,6 +66,17 @@ impl GroupState {
     }
 }
 
+/// See [`DirtySets::seen`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pending {
+    /// Nothing.
+    No,
+    /// It is being read ahead.
+    Staging,
+    /// This inode and ctime; `None` when it was absent or unreadable.
+    Seen(Option<twinbox_resync::rows::Local>),
+}
+
 /// See the module's text.
 #[derive(Debug, Default)]
 pub struct DirtySets {
@@ -187,6 +198,40 @@ impl DirtySets {
     fn holds_content(&self, group: &[u8], path: &RelPath) -> bool {
         let read = |seen: &Seen| matches!(seen, Seen::Present(found) if found.body != twinbox_resync::plan::Body::Unread);
         self.groups.get(group).is_some_and(|g| g.staging.contains_key(path) || g.captured.get(path).is_some_and(read))
+    }
+
+    /// Takes a path out of a group in every form; whether its content may have changed.
+    pub fn withdraw(&mut self, group: &[u8], path: &RelPath) -> bool {
+        if !self.groups.contains_key(group) {
+            return false;
+        }
+        let mut content = self.holds_content(group, path);
+        content |= self.take(group, path).is_some_and(|mark| mark.content);
+        let state = self.group(group);
+        if let Some(seen) = state.captured.remove(path) {
+            state.bytes -= weight(&seen).min(state.bytes);
+            state.spoiled = true;
+        }
+        state.spoiled |= state.staging.remove(path).is_some();
+        content
+    }
+
+    /// Paths that are seen or being read, and not committed.
+    #[must_use]
+    pub fn observed(&self) -> Vec<RelPath> {
+        self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
+    }
+
+    /// What of a path was seen and is not committed.
+    #[must_use]
+    pub fn seen(&self, group: &[u8], path: &RelPath) -> Pending {
+        let Some(state) = self.groups.get(group) else { return Pending::No };
+        match state.captured.get(path) {
+            _ if state.staging.contains_key(path) => Pending::Staging,
+            Some(Seen::Present(found)) => Pending::Seen(Some(found.local)),
+            Some(_) => Pending::Seen(None),
+            None => Pending::No,
+        }
     }
 
     /// Takes a path out of a group's dirty set.

@@ -26,7 +26,7 @@ use twinbox_resync::schema::StateError;
 use twinbox_resync::view::View;
 
 use super::bulk::{self, Job};
-use super::dirty::{DirtySets, Group};
+use super::dirty::{DirtySets, Group, Pending};
 use super::messages::{CaptureHandle, CaptureStatus, Command};
 use super::recent::RecentChunks;
 use super::scan::Scan;
@@ -145,6 +145,8 @@ pub(super) struct HalfRename {
     pub(super) path: RelPath,
     pub(super) is_dir: bool,
     pub(super) excluded: bool,
+    /// The directory's watch, when it is one: by the time we know that it left, another may have its place.
+    pub(super) wd: Option<i32>,
 }
 
 /// A caller of `Sync`.
@@ -194,6 +196,8 @@ pub(super) struct Engine {
     pub(super) waiters: Vec<Waiter>,
     pub(super) flights: VecDeque<(Lsn, Instant, Instant)>,
     pub(super) latencies: VecDeque<u32>,
+    /// The first sync's last groups: those with something left when its comparison ended; then the LSN that carries the last of it.
+    pub(super) last_groups: Option<(BTreeSet<Group>, Option<Lsn>)>,
     pub(super) applied: Lsn,
     pub(super) proof: Option<Instant>,
     pub(super) summary: CaptureStatus,
@@ -267,6 +271,7 @@ impl Engine {
             waiters: vec![],
             flights: VecDeque::new(),
             latencies: VecDeque::new(),
+            last_groups: None,
             applied: Lsn::ZERO,
             proof: None,
             summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), ..CaptureStatus::default() },
@@ -363,9 +368,14 @@ impl Engine {
     /// A file that was open for writing when last looked at: does it still have the ctime we know?
     pub(super) fn check_writer(&mut self, path: &RelPath) -> Result<(), CaptureError> {
         use twinbox_resync::rows::Rows;
-        let row = self.view.row(&self.sets.origin(path))?;
+        let known = match self.sets.seen(&self.group_of_marked(path), path) {
+            // Being read: that look sees changes itself, and is compared here once it is done. Marked dirty, it would begin anew for ever.
+            Pending::Staging => return Ok(()),
+            Pending::Seen(local) => local,
+            Pending::No => self.view.row(&self.sets.origin(path))?.and_then(|row| row.local),
+        };
         match self.root.stat(path) {
-            Ok(Some(stat)) if row.and_then(|row| row.local) == Some(tree::local(&stat)) => {}
+            Ok(Some(stat)) if known == Some(tree::local(&stat)) => {}
             Ok(Some(_)) => self.mark(path, true, false, false),
             _ => {
                 self.writers.remove(path);
@@ -456,6 +466,9 @@ impl Engine {
             return;
         }
         let group = self.group_of_marked(path);
+        // A name directly in the root is in one group as a file and in another as a directory: what was seen of it before counts no more.
+        let other = self.group_of(path, self.watch.at(path).is_none());
+        let content = content | (group != other && self.sets.withdraw(&other, path));
         self.sets.mark(&group, path, content, scan, quiet, Instant::now());
         if self.sets.dirty_count() > self.config.dirty_max && (self.complete || self.session.is_none()) {
             self.collapse();
@@ -487,6 +500,10 @@ impl Engine {
         if event.mask.contains(ReadFlags::QUEUE_OVERFLOW) {
             self.summary.overflows += 1;
             self.halves.clear();
+            // What was seen and is not committed may be gone by an event that was lost, and the comparison looks for it among the rows only.
+            for path in self.sets.observed() {
+                self.mark(&path, true, true, false);
+            }
             if self.scan.restart() {
                 tracing::warn!(mirror = %self.config.name, "the kernel's event queue overflowed: comparing the whole store (fs.inotify.max_queued_events can be raised)");
             }
@@ -521,7 +538,8 @@ impl Engine {
             if !excluded {
                 self.mark(&path, false, false, false);
             }
-            self.halves.insert(event.cookie, HalfRename { path, is_dir, excluded });
+            let wd = self.watch.at(&path).filter(|_| is_dir);
+            self.halves.insert(event.cookie, HalfRename { path, is_dir, excluded, wd });
         } else if event.mask.contains(ReadFlags::MOVED_TO) {
             match self.halves.remove(&event.cookie) {
                 Some(half) => self.renamed(&half, &path, excluded),
@@ -561,6 +579,12 @@ impl Engine {
         }
         if !self.collapsed {
             let groups = (self.group_of(&from.path, from.is_dir), self.group_of(to, from.is_dir));
+            for (path, group) in [(&from.path, &groups.0), (to, &groups.1)] {
+                let other = self.group_of(path, !from.is_dir);
+                if other != *group {
+                    self.sets.withdraw(&other, path);
+                }
+            }
             self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now());
             for (path, _) in self.larges.extract_if(|path, _| path.is_within(&from.path)).collect::<Vec<_>>() {
                 drop(path); // Belongs to an observation that is void now.
@@ -574,8 +598,8 @@ impl Engine {
 
     /// A name left the tree (or what is mirrored of it).
     fn moved_out(&mut self, half: &HalfRename) {
-        if half.is_dir
-            && let Some(wd) = self.watch.at(&half.path)
+        if let Some(wd) = half.wd
+            && self.watch.path(wd).is_none_or(|path| path == half.path)
         {
             self.watch.forget(wd);
         }
@@ -670,3 +694,7 @@ mod tests {
         assert!(skew_ms(wall_ns()).abs() < 60_000);
     }
 }
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod turns;

@@ -22,6 +22,8 @@ use super::messages::{BulkMessage, Command, Step, ToLink};
 /// An open session.
 pub(super) struct Session {
     pub(super) id: u64,
+    /// Bulk jobs up to this one were given in sessions before: what they read counts no more.
+    pub(super) old_jobs: u64,
     pub(super) out: mpsc::UnboundedSender<ToLink>,
     pub(super) bulk: mpsc::Sender<BulkMessage>,
     /// Last word of the standby.
@@ -63,7 +65,7 @@ impl Engine {
             }
             Command::Up { id, out, bulk, peer } => {
                 tracing::info!(mirror = %self.config.name, peer, lsn = %self.outbox.last().lsn, "standby connected");
-                self.session = Some(Session { id, out, bulk, heard: Instant::now() });
+                self.session = Some(Session { id, old_jobs: self.job_id, out, bulk, heard: Instant::now() });
                 self.collapsed = false;
                 // The standby applied all it had before it answered our hello.
                 self.applied = self.applied.max(self.outbox.last().lsn);
@@ -269,6 +271,11 @@ impl Engine {
     fn down(&mut self, id: Option<u64>) {
         let Some(session) = self.session.take_if(|session| id.is_none_or(|id| session.id == id)) else { return };
         tracing::warn!(mirror = %self.config.name, session = session.id, "standby lost: unprotected until it is back");
+        self.last_groups = None;
+        for waiter in &mut self.waiters {
+            // The txn waited for may never arrive, and its number be passed by others: what is dirty then is waited for instead.
+            (waiter.groups, waiter.at) = (None, None);
+        }
         self.awaiting.clear();
         self.staged_early.clear();
         self.misses.clear();
@@ -323,6 +330,10 @@ impl Engine {
 
     fn bulk_done(&mut self, result: BulkResult) {
         let BulkResult { id, path, outcome } = result;
+        // Of a session that ended: its path is dirty again, and the word of the standby it would wait for is another job's.
+        if self.session.as_ref().is_none_or(|session| id <= session.old_jobs) {
+            return;
+        }
         if let Some(wanted) = self.misses.remove(&id) {
             let sent = match &outcome {
                 Outcome::Read { seen: Seen::Present(found), staged: true, .. } => found.entry.hash() == Some(wanted),

@@ -193,10 +193,13 @@ impl Watch {
     #[must_use]
     pub fn path(&self, wd: Wd) -> Option<RelPath> {
         let mut names = vec![];
-        let mut at = self.nodes.get(&wd)?;
+        let (mut wd, mut at) = (wd, self.nodes.get(&wd)?);
         while let Some(parent) = at.parent {
             names.push(at.name.as_slice());
-            at = self.nodes.get(&parent)?;
+            (wd, at) = (parent, self.nodes.get(&parent)?);
+        }
+        if wd != self.root {
+            return None; // Without a place until it is found again: not the root's.
         }
         names.reverse();
         RelPath::new(&names.join(&b'/')).ok()
@@ -384,7 +387,9 @@ mod tests {
         assert_eq!(watch.at(&RelPath::new(b"a").unwrap()), None);
         watch.place(a, b, b"loop");
         assert_eq!(watch.path(a).unwrap().to_string(), "z", "a directory is never put below itself");
-        watch.forget(a);
+        watch.handle_ignored(a);
+        assert_eq!(watch.path(b), None, "a directory without a place is not taken for the root");
+        watch.forget(b);
         assert_eq!(watch.len(), 1);
     }
 }

@@ -1,0 +1,379 @@
+//! The engine without its thread: one turn at a time, so that what comes between two steps is chosen by the test.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use tokio::sync::mpsc;
+use twinbox_protocol::codec::decode_log;
+use twinbox_protocol::digest::DigestKey;
+use twinbox_protocol::entry::Kind;
+use twinbox_protocol::ids::{Epoch, Generation, MirrorId};
+use twinbox_protocol::msg::{BulkItem, Replica, Welcome};
+use twinbox_resync::node::Role;
+use twinbox_resync::rows::{Rows, perform};
+
+use super::super::bulk::{BulkResult, Outcome};
+use super::super::messages::{BulkMessage, Step, ToLink};
+use super::*;
+use crate::layout::Layout;
+
+struct Rig {
+    dir: tempfile::TempDir,
+    root: PathBuf,
+    engine: Engine,
+    out: Option<mpsc::UnboundedReceiver<ToLink>>,
+    bulk: Option<mpsc::Receiver<BulkMessage>>,
+    replica: Manifest,
+    session: u64,
+    /// Acknowledge txns but for the newest `unacked`.
+    unacked: usize,
+    sent: VecDeque<Lsn>,
+    /// Take bulk objects; say that they are staged.
+    take: bool,
+    stage: bool,
+    ended: Vec<ContentHash>,
+    objects: BTreeSet<u64>,
+}
+
+fn p(text: &str) -> RelPath {
+    RelPath::new(text.as_bytes()).unwrap()
+}
+
+impl Rig {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, state) = (dir.path().join("root"), dir.path().join("state"));
+        fs::create_dir_all(&root).unwrap();
+        fs::create_dir_all(&state).unwrap();
+        let known = MirrorState {
+            mirror_id: MirrorId([1; 16]),
+            role: Role::Primary,
+            generation: Generation([2; 16]),
+            epoch: Epoch(1),
+            digest_key: DigestKey([3; 32]),
+            reserved: Lsn::ZERO,
+            complete: false,
+        };
+        NodeState::open(&state).unwrap().set_mirror("m", &known).unwrap();
+        let mut replica = Manifest::open(&dir.path().join("replica.db"), true).unwrap();
+        replica.set_digest_key(known.digest_key).unwrap();
+        replica.begin().unwrap();
+        let config = CaptureConfig {
+            name: "m".into(),
+            node: "a".into(),
+            root: root.clone(),
+            state_dir: state.clone(),
+            mirror_dir: state.join("mirrors/m"),
+            selection: Selection::new(Layout::Plain, vec![]),
+            grouping: Grouping::new(vec![]),
+            layout: "plain".into(),
+            known,
+            incarnation: Incarnation([4; 16]),
+            window_bytes: 32 << 20,
+            dirty_max: 200_000,
+            sweep: None,
+        };
+        crate::sys::ignore_sigio();
+        let (commands, receiver) = channel();
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
+        let handle = CaptureHandle { commands, wake: wake.clone(), status: Arc::default() };
+        let engine = Engine::open(config, handle, receiver, wake).unwrap();
+        Rig {
+            dir,
+            root,
+            engine,
+            out: None,
+            bulk: None,
+            replica,
+            session: 0,
+            unacked: 0,
+            sent: VecDeque::new(),
+            take: true,
+            stage: true,
+            ended: vec![],
+            objects: BTreeSet::new(),
+        }
+    }
+
+    fn connect(&mut self) {
+        let (reply, mut answer) = oneshot::channel();
+        self.engine.command(Command::Hello(reply)).unwrap();
+        let hello = answer.try_recv().unwrap();
+        let replica = match self.session {
+            0 => Replica::Empty,
+            _ => Replica::Holds {
+                generation: hello.generation,
+                epoch: hello.epoch,
+                position: hello.position,
+                digest: hello.digest,
+                chain_at_yours: None,
+            },
+        };
+        let (protocol, chunker, incarnation) = (hello.protocol, hello.chunker, Incarnation([5; 16]));
+        let welcome = Welcome { protocol, software: String::new(), node: "b".into(), incarnation, chunker, replica, wall_ns: 0 };
+        let (reply, mut answer) = oneshot::channel();
+        self.engine.command(Command::Welcome(Box::new(welcome), reply)).unwrap();
+        let Step::Begin { from, reset } = answer.try_recv().unwrap().unwrap() else { panic!("a pull") };
+        if reset {
+            self.replica.clear().unwrap();
+            self.replica.commit(from).unwrap();
+            self.replica.begin().unwrap();
+        }
+        let (out, txns) = mpsc::unbounded_channel();
+        let (bulk, objects) = mpsc::channel(2);
+        (self.out, self.bulk) = (Some(txns), Some(objects));
+        self.session += 1;
+        self.engine.command(Command::Up { id: self.session, out, bulk, peer: "b".into() }).unwrap();
+    }
+
+    fn disconnect(&mut self) {
+        (self.out, self.bulk) = (None, None);
+        self.engine.command(Command::Down(self.session)).unwrap();
+    }
+
+    fn turn(&mut self) {
+        let engine = &mut self.engine;
+        assert!(engine.commands().unwrap());
+        engine.take_events().unwrap();
+        engine.scan_some().unwrap();
+        engine.timers().unwrap();
+        engine.round().unwrap();
+        engine.finish_first_sync().unwrap();
+        engine.answer_waiters().unwrap();
+        while let Some(Ok(message)) = self.out.as_mut().map(mpsc::UnboundedReceiver::try_recv) {
+            let ToLink::Txn(frames) = message else { continue };
+            for body in frames {
+                let frame = decode_log(&body).unwrap();
+                self.replica.set_lsn(frame.lsn);
+                frame.ops.iter().for_each(|op| perform(&mut self.replica, op).unwrap());
+                if let Some(seal) = frame.seal {
+                    assert_eq!(self.replica.digest(), seal.digest);
+                    self.sent.push_back(frame.lsn);
+                }
+            }
+        }
+        while self.sent.len() > self.unacked {
+            let lsn = self.sent.pop_front().unwrap();
+            self.engine.command(Command::Durable(lsn)).unwrap();
+            self.engine.command(Command::Applied(lsn)).unwrap();
+        }
+        while let Some(Ok(message)) = self.bulk.as_mut().filter(|_| self.take).map(mpsc::Receiver::try_recv) {
+            let BulkMessage::Item(id, item) = message else { continue };
+            self.objects.insert(id);
+            if let BulkItem::End { hash, .. } = item {
+                self.ended.push(hash);
+            }
+        }
+        if self.stage {
+            for hash in std::mem::take(&mut self.ended) {
+                self.engine.command(Command::Staged(hash)).unwrap();
+            }
+        }
+    }
+
+    fn until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + Duration::from_secs(5);
+        while !done(self) {
+            assert!(Instant::now() < end, "never: {what}");
+            self.turn();
+        }
+    }
+
+    fn settle(&mut self) {
+        // An event may still be in the queue when nothing is dirty: a boundary says.
+        for _ in 0..2 {
+            self.engine.boundary().unwrap();
+            self.until("settled", |r| {
+                let e = &r.engine;
+                e.complete && e.scan.is_done() && e.sets.is_clean() && e.outbox.in_flight().len() == 0
+            });
+        }
+    }
+
+    fn has(&self, path: &str) -> bool {
+        self.replica.row(&p(path)).unwrap().is_some()
+    }
+
+    fn check(&self) {
+        let rows: Vec<_> = self.replica.below(&RelPath::root()).unwrap();
+        let mut disk = BTreeSet::new();
+        walk(&self.root, &RelPath::root(), &mut disk);
+        let names: BTreeSet<RelPath> = rows.iter().map(|(path, _)| path.clone()).collect();
+        assert_eq!(names, disk);
+        for (path, row) in rows {
+            if let Kind::File { hash, .. } = row.entry.kind {
+                assert_eq!(hash, ContentHash::of(&fs::read(self.root.join(path.to_string())).unwrap()), "{path}");
+            }
+        }
+    }
+}
+
+fn walk(at: &Path, path: &RelPath, out: &mut BTreeSet<RelPath>) {
+    for item in fs::read_dir(at).unwrap() {
+        let item = item.unwrap();
+        let path = path.join(item.file_name().as_encoded_bytes()).unwrap();
+        if item.metadata().unwrap().is_dir() {
+            walk(&item.path(), &path, out);
+        }
+        out.insert(path);
+    }
+}
+
+const BIG: usize = 9 << 20;
+
+fn big() -> Vec<u8> {
+    (0..BIG as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect()
+}
+
+fn started(dirs: &[&str]) -> Rig {
+    let mut rig = Rig::new();
+    for dir in dirs {
+        fs::create_dir_all(rig.root.join(dir)).unwrap();
+    }
+    rig.connect();
+    rig.settle();
+    rig
+}
+
+#[test]
+fn a_folder_moved_to_where_one_that_left_the_tree_was_stays_watched() {
+    let mut rig = started(&["d", "e"]);
+    rig.disconnect();
+    fs::rename(rig.root.join("d"), rig.dir.path().join("outside")).unwrap();
+    fs::rename(rig.root.join("e"), rig.root.join("d")).unwrap();
+    (0..5).for_each(|_| rig.turn());
+    rig.connect();
+    rig.settle();
+    fs::write(rig.root.join("d/x"), b"mail").unwrap();
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn what_is_seen_of_a_name_counts_in_one_group_only() {
+    let mut rig = started(&["y"]);
+    fs::write(rig.root.join("y/mail"), b"1").unwrap();
+    rig.settle();
+    rig.stage = false;
+    // The group of files in the root waits for this one.
+    fs::write(rig.root.join("big"), big()).unwrap();
+    fs::create_dir(rig.root.join("x")).unwrap();
+    rig.until("x arrives", |r| r.has("x"));
+    fs::remove_dir(rig.root.join("x")).unwrap();
+    (0..9).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+    rig.stage = false;
+    fs::write(rig.root.join("big"), &big()[5..]).unwrap();
+    fs::write(rig.root.join("z"), b"").unwrap();
+    fs::remove_file(rig.root.join("z")).unwrap();
+    rig.until("z is seen absent", |r| r.engine.sets.groups().any(|(_, g)| g.captured.contains_key(&p("z"))));
+    fs::rename(rig.root.join("y"), rig.root.join("z")).unwrap();
+    rig.until("z arrives", |r| r.has("z/mail"));
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn an_overflow_voids_what_was_seen_before_it() {
+    let mut rig = started(&["u"]);
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap();
+    fs::write(rig.root.join("u/new"), b"1").unwrap();
+    rig.until("new is read", |r| r.engine.sets.groups().any(|(_, g)| g.captured.contains_key(&p("u/new"))));
+    fs::remove_file(rig.root.join("u/new")).unwrap();
+    rig.engine.watch.read(&mut vec![]).unwrap();
+    rig.engine.event(&Event { wd: -1, mask: ReadFlags::QUEUE_OVERFLOW, cookie: 0, name: vec![] }).unwrap();
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_file_somebody_keeps_open_is_not_read_anew_while_its_content_is_on_its_way() {
+    let mut rig = started(&["u"]);
+    rig.stage = false;
+    let mut file = fs::File::create(rig.root.join("u/big")).unwrap();
+    std::io::Write::write_all(&mut file, &big()).unwrap();
+    rig.until("sent", |r| !r.ended.is_empty() && !r.engine.writers.is_empty());
+    for _ in 0..3 {
+        rig.engine.writers_at = Instant::now() - WRITERS_EVERY;
+        rig.turn();
+    }
+    assert_eq!(rig.engine.sets.groups().filter(|(_, g)| g.staging.contains_key(&p("u/big"))).count(), 1, "else it never ends");
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_bulk_result_of_the_session_before_does_not_swallow_the_standbys_word() {
+    let mut rig = started(&["u"]);
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap();
+    rig.until("read", |r| !r.engine.awaiting.is_empty());
+    let (hash, id, seen) = rig.engine.awaiting.iter().map(|(hash, all)| (*hash, all[0].id, all[0].seen.clone())).next().unwrap();
+    rig.disconnect();
+    rig.ended.clear();
+    rig.take = false;
+    rig.connect();
+    rig.until("read again", |r| r.engine.job_id > id);
+    let outcome = Outcome::Read { seen, large: None, staged: true };
+    rig.engine.command(Command::Bulk(Box::new(BulkResult { id, path: p("u/big"), outcome }))).unwrap();
+    rig.engine.command(Command::Staged(hash)).unwrap();
+    rig.take = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn who_waits_for_a_sync_does_not_take_a_lost_txn_for_arrived() {
+    let mut rig = started(&["u"]);
+    rig.unacked = 9;
+    fs::write(rig.root.join("u/x"), b"1").unwrap();
+    rig.until("shipped", |r| r.has("u/x"));
+    let (reply, _answer) = oneshot::channel();
+    rig.engine.command(Command::Sync(reply)).unwrap();
+    rig.until("waits for a txn", |r| r.engine.waiters.iter().any(|w| w.at.is_some()));
+    rig.disconnect();
+    assert!(rig.engine.waiters.iter().all(|w| w.at.is_none() && w.groups.is_none()), "that txn is dropped, and its number passed by others");
+}
+
+#[test]
+fn a_name_seen_before_its_inode_changed_under_another_name_is_looked_at_again() {
+    let mut rig = started(&["u"]);
+    fs::write(rig.root.join("u/a"), b"one").unwrap();
+    fs::hard_link(rig.root.join("u/a"), rig.root.join("u/b")).unwrap();
+    rig.settle();
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+    fs::set_permissions(rig.root.join("u/b"), mode).unwrap();
+    let seen = |r: &Rig, path: &str| r.engine.sets.groups().any(|(_, g)| g.captured.contains_key(&p(path)) && g.dirty.is_empty());
+    rig.until("seen", |r| seen(r, "u/b") && seen(r, "u/a"));
+    fs::write(rig.root.join("u/a"), b"two").unwrap();
+    rig.engine.boundary().unwrap();
+    rig.until("seen again", |r| seen(r, "u/b") && seen(r, "u/a"));
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_first_sync_ends_though_mail_keeps_coming() {
+    let mut rig = Rig::new();
+    fs::create_dir(rig.root.join("u")).unwrap();
+    rig.unacked = 1;
+    rig.connect();
+    for n in 0..100 {
+        if rig.engine.complete {
+            return;
+        }
+        fs::write(rig.root.join(format!("u/{n}")), b"mail").unwrap();
+        rig.turn();
+    }
+    panic!("never protected on a line with a round trip longer than the time between two messages");
+}
