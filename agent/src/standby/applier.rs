@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Lsn};
 use twinbox_protocol::msg::{Hello, Position, RefuseCode, Replica as Holding, ToPrimary};
-use twinbox_protocol::ops::{FLAG_INITIAL, Op, Seal};
+use twinbox_protocol::ops::{Content, FLAG_INITIAL, Op, Seal};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::redo::{self, Record, RedoReader};
@@ -118,9 +118,10 @@ pub(super) struct Parts {
     pub(super) on_complete: Box<dyn Fn(bool) + Send>,
 }
 
-/// Bytes of content an op brings to the replica.
-pub(super) fn content_bytes(op: &Op) -> u64 {
+/// Bytes of content an op (its references resolved) brings to the replica.
+pub(super) fn content_bytes(op: &Op, staging: &Staging) -> u64 {
     match op {
+        Op::Put { entry, content: Content::Staged, .. } => entry.hash().map_or(0, |hash| staging.takes(hash)),
         Op::Put { entry, .. } => entry.size(),
         Op::Patch { writes, .. } => writes.iter().map(|(_, bytes)| bytes.len() as u64).sum(),
         _ => 0,
@@ -414,7 +415,7 @@ impl Applier {
             self.manifest.set_lsn(lsn);
             let mut content = 0;
             for op in &record.frame.ops {
-                content += content_bytes(op);
+                content += content_bytes(op, &self.staging);
                 self.op(op, lsn)?;
             }
             lower(&self.shared.unapplied, content);

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError};
 
-use rustix::fs as rfs;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use twinbox_protocol::codec;
 use twinbox_protocol::ids::{ContentHash, Lsn};
@@ -24,6 +23,7 @@ use twinbox_resync::redo::{Record, RedoLog};
 use super::applier::{Cmd, content_bytes, record_bytes};
 use super::error::{Refusal, StandbyError};
 use super::recent::Recent;
+use super::room::Room;
 use super::shared::{SessionShared, Shared};
 use super::staging::Staging;
 
@@ -31,8 +31,6 @@ use super::staging::Staging;
 const SYNC_BYTES: u64 = 4 * 1024 * 1024;
 /// Ops are written to the log in records of about this size.
 const RECORD_BYTES: usize = 1024 * 1024;
-/// Room that must stay free in both file systems.
-pub(super) const RESERVE: u64 = 64 * 1024 * 1024;
 
 /// What the receiver is told.
 pub(super) enum Event {
@@ -102,8 +100,6 @@ pub(super) struct Receiving {
     pub(super) recent: Recent,
     pub(super) session: Option<Arc<SessionShared>>,
     log: RedoLog,
-    roots: [PathBuf; 2],
-    redo_max: u64,
     backlog: VecDeque<Event>,
     sealed: Position,
     durable: Position,
@@ -111,6 +107,7 @@ pub(super) struct Receiving {
     txn: Option<Txn>,
     sessions: u64,
     tokens: u64,
+    pub(super) room: Room,
 }
 
 /// What a receiver is made of.
@@ -135,8 +132,6 @@ impl Receiving {
             recent: Recent::default(),
             session: None,
             log,
-            roots,
-            redo_max,
             backlog: VecDeque::new(),
             sealed,
             durable: sealed,
@@ -144,6 +139,7 @@ impl Receiving {
             txn: None,
             sessions: 0,
             tokens: 0,
+            room: Room::new(roots, redo_max),
         }
     }
 
@@ -352,7 +348,7 @@ impl Receiving {
         let (mut batch, mut weight) = (vec![], 0);
         for op in frame.ops {
             let op = self.resolve(op, txn.lsn)?;
-            txn.content += content_bytes(&op);
+            txn.content += content_bytes(&op, &self.staging);
             weight += op.weight();
             batch.push(op);
             if weight >= RECORD_BYTES {
@@ -360,6 +356,7 @@ impl Receiving {
                 weight = 0;
             }
         }
+        self.check_room_for(txn.content)?;
         match seal {
             None => {
                 if !batch.is_empty() {
@@ -368,7 +365,6 @@ impl Receiving {
                 self.txn = Some(txn);
             }
             Some(seal) => {
-                self.check_room_for(txn.content)?;
                 let chain = txn.chain.finish();
                 self.append(&mut txn, batch, Some((seal, chain)))?;
                 self.sealed = Position { lsn: txn.lsn, chain };
@@ -439,31 +435,6 @@ impl Receiving {
         self.log.append(&record)?;
         txn.bytes += bytes;
         self.shared.redo_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Waits until the redo log is below its limit again; a checkpoint makes room.
-    fn make_room_in_log(&mut self) -> Result<(), StandbyError> {
-        while self.shared.redo_bytes.load(Ordering::Relaxed) > self.redo_max {
-            self.settle()?;
-            self.ask(Cmd::Checkpoint);
-            self.wait(|event| if matches!(event, Event::Progress) { Ok(()) } else { Err(event) })?;
-        }
-        Ok(())
-    }
-
-    /// Both file systems must hold what was accepted, and a reserve.
-    pub(super) fn check_room_for(&mut self, content: u64) -> Result<(), StandbyError> {
-        let need = RESERVE + content + self.shared.unapplied.load(Ordering::Relaxed);
-        for (path, need) in [(&self.roots[0], need), (&self.roots[1], RESERVE + content)] {
-            let Ok(stat) = rfs::statvfs(path) else { continue };
-            let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-            if free < need {
-                let error = StandbyError::Full { path: path.clone(), free: free >> 20, need: need.div_ceil(1 << 20) };
-                self.shared.problem(error.to_string());
-                return Err(error);
-            }
-        }
         Ok(())
     }
 

@@ -355,14 +355,25 @@ async fn a_log_that_cannot_be_written_is_latched() {
     rig.begin().await.unwrap();
     rig.check(vec![put("a", b"1", 1)]).await;
     let before = rig.outbox.last();
-    let many: Vec<Op> = (0..60).map(|at| put(&format!("m{at}"), &noise(at, 60_000), 2)).collect();
-    rig.send_raw(many, 0).await;
+    let mut filler = fs::File::create(rig.state().join("redo/filler")).unwrap();
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    // Small enough to wait in memory until the sync: the sync fails, so there is no acknowledgement.
+    rig.send_raw(vec![put("b", &noise(1, 60_000), 1)], 0).await;
     let error = soon(rig.session.as_ref().unwrap().failed()).await;
     assert!(matches!(error, StandbyError::Redo { .. } | StandbyError::Latched { .. }), "{error}");
     assert_eq!(rig.handle().status().durable, before);
     let refused = soon(rig.handle().replica(&hello(before, Digest::default()))).await.unwrap_err();
     assert_eq!(refused.code, twinbox_protocol::msg::RefuseCode::Failed);
     assert!(rig.handle().status().refusing.is_some());
+    assert!(!rig.heard.iter().any(|m| matches!(m, ToPrimary::Durable { lsn } if *lsn > before.lsn)));
+    // Room alone does not help: what the kernel said it had written may be gone.
+    fs::remove_file(rig.state().join("redo/filler")).unwrap();
+    assert!(soon(rig.handle().replica(&hello(before, Digest::default()))).await.is_err());
     rig.crash();
+    rig.start().unwrap();
+    rig.begin().await.unwrap();
+    assert_eq!(rig.outbox.last(), before);
+    rig.check(vec![put("b", b"2", 1)]).await;
+    rig.stop();
     drop(mount);
 }
