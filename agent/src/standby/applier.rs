@@ -28,7 +28,7 @@ use super::patch::Trees;
 use super::receiver::Event;
 use super::replica::Replica;
 use super::rescue::Rescue;
-use super::shared::Shared;
+use super::shared::{Alive, Shared};
 use super::staging::Staging;
 
 /// A checkpoint at the latest after so long …
@@ -168,6 +168,7 @@ impl Applier {
 
     /// The thread's body.
     pub(super) fn run(mut self) {
+        let _alive = Alive { shared: self.shared.clone(), events: self.events.clone() };
         while !self.stopping {
             let command = match self.backlog.pop_front() {
                 Some(command) => Some(command),

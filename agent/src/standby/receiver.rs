@@ -24,7 +24,7 @@ use super::applier::{Cmd, content_bytes, record_bytes};
 use super::error::{Refusal, StandbyError};
 use super::recent::Recent;
 use super::room::Room;
-use super::shared::{SessionShared, Shared};
+use super::shared::{Alive, SessionShared, Shared};
 use super::staging::Staging;
 
 /// Sealed bytes that may wait for a sync while more input comes.
@@ -145,6 +145,7 @@ impl Receiving {
 
     /// The thread's body.
     pub(super) fn run(mut self) {
+        let _alive = Alive { shared: self.shared.clone(), events: self.sender.clone() };
         loop {
             let event = match self.backlog.pop_front() {
                 Some(event) => event,
@@ -294,6 +295,9 @@ impl Receiving {
     /// Takes events until one is what is waited for; what must interrupt the wait does, the rest is kept for later.
     pub(super) fn wait<T>(&mut self, mut wanted: impl FnMut(Event) -> Result<T, Event>) -> Result<T, StandbyError> {
         loop {
+            if let Some(error) = self.session.as_ref().and_then(|s| s.error()).or_else(|| self.shared.refusing()) {
+                return Err(error);
+            }
             let event = self.events.recv().map_err(|RecvError| StandbyError::Stopped)?;
             if self.shared.crashed() {
                 return Err(StandbyError::Stopped);
@@ -318,9 +322,6 @@ impl Receiving {
                 Event::Gone { session, hash } => self.gone(session, hash),
                 Event::Staged | Event::Progress | Event::Fetched { .. } | Event::Done { .. } => {}
                 other => self.backlog.push_back(other),
-            }
-            if let Some(error) = self.session.as_ref().and_then(|s| s.error()).or_else(|| self.shared.refusing()) {
-                return Err(error);
             }
         }
     }
