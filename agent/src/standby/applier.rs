@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Lsn};
 use twinbox_protocol::msg::{Hello, Position, RefuseCode, Replica as Holding, ToPrimary};
-use twinbox_protocol::ops::{FLAG_INITIAL, Op, Seal};
+use twinbox_protocol::ops::{Content, FLAG_INITIAL, Op, Seal};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::redo::{self, Record, RedoReader};
@@ -28,7 +28,7 @@ use super::patch::Trees;
 use super::receiver::Event;
 use super::replica::Replica;
 use super::rescue::Rescue;
-use super::shared::Shared;
+use super::shared::{Alive, Shared};
 use super::staging::Staging;
 
 /// A checkpoint at the latest after so long …
@@ -118,9 +118,10 @@ pub(super) struct Parts {
     pub(super) on_complete: Box<dyn Fn(bool) + Send>,
 }
 
-/// Bytes of content an op brings to the replica.
-pub(super) fn content_bytes(op: &Op) -> u64 {
+/// Bytes of content an op (its references resolved) brings to the replica.
+pub(super) fn content_bytes(op: &Op, staging: &Staging) -> u64 {
     match op {
+        Op::Put { entry, content: Content::Staged, .. } => entry.hash().map_or(0, |hash| staging.takes(hash)),
         Op::Put { entry, .. } => entry.size(),
         Op::Patch { writes, .. } => writes.iter().map(|(_, bytes)| bytes.len() as u64).sum(),
         _ => 0,
@@ -167,6 +168,7 @@ impl Applier {
 
     /// The thread's body.
     pub(super) fn run(mut self) {
+        let _alive = Alive { shared: self.shared.clone(), events: self.events.clone() };
         while !self.stopping {
             let command = match self.backlog.pop_front() {
                 Some(command) => Some(command),
@@ -414,7 +416,7 @@ impl Applier {
             self.manifest.set_lsn(lsn);
             let mut content = 0;
             for op in &record.frame.ops {
-                content += content_bytes(op);
+                content += content_bytes(op, &self.staging);
                 self.op(op, lsn)?;
             }
             lower(&self.shared.unapplied, content);

@@ -369,7 +369,7 @@ impl Applier {
     fn heal(&mut self, path: &RelPath, entry: &Entry, lsn: Lsn) -> Result<(), OpError> {
         let Some(hash) = entry.hash() else { return Err(OpError::Content(path.clone())) };
         loop {
-            if self.staging.pin(hash, lsn).is_some() {
+            if self.staging.pin(hash, lsn) {
                 let file = self.staging.object(hash).map_err(io_at(path))?;
                 return self.put(path, entry, &Bytes::File(&file, entry.size()));
             }

@@ -22,6 +22,7 @@ mod recover;
 mod replica;
 mod rescue;
 mod resolve;
+mod room;
 mod shared;
 mod staging;
 mod start;

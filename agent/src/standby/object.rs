@@ -12,7 +12,8 @@ use twinbox_protocol::ops::Seg;
 
 use super::applier::Cmd;
 use super::error::StandbyError;
-use super::receiver::{Event, RESERVE};
+use super::receiver::Event;
+use super::room::RESERVE;
 use super::shared::SessionShared;
 use super::staging::{Finished, Part, Staging};
 

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError};
 
-use rustix::fs as rfs;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use twinbox_protocol::codec;
 use twinbox_protocol::ids::{ContentHash, Lsn};
@@ -24,15 +23,14 @@ use twinbox_resync::redo::{Record, RedoLog};
 use super::applier::{Cmd, content_bytes, record_bytes};
 use super::error::{Refusal, StandbyError};
 use super::recent::Recent;
-use super::shared::{SessionShared, Shared};
+use super::room::Room;
+use super::shared::{Alive, SessionShared, Shared};
 use super::staging::Staging;
 
 /// Sealed bytes that may wait for a sync while more input comes.
 const SYNC_BYTES: u64 = 4 * 1024 * 1024;
 /// Ops are written to the log in records of about this size.
 const RECORD_BYTES: usize = 1024 * 1024;
-/// Room that must stay free in both file systems.
-pub(super) const RESERVE: u64 = 64 * 1024 * 1024;
 
 /// What the receiver is told.
 pub(super) enum Event {
@@ -102,8 +100,6 @@ pub(super) struct Receiving {
     pub(super) recent: Recent,
     pub(super) session: Option<Arc<SessionShared>>,
     log: RedoLog,
-    roots: [PathBuf; 2],
-    redo_max: u64,
     backlog: VecDeque<Event>,
     sealed: Position,
     durable: Position,
@@ -111,6 +107,7 @@ pub(super) struct Receiving {
     txn: Option<Txn>,
     sessions: u64,
     tokens: u64,
+    pub(super) room: Room,
 }
 
 /// What a receiver is made of.
@@ -135,8 +132,6 @@ impl Receiving {
             recent: Recent::default(),
             session: None,
             log,
-            roots,
-            redo_max,
             backlog: VecDeque::new(),
             sealed,
             durable: sealed,
@@ -144,11 +139,13 @@ impl Receiving {
             txn: None,
             sessions: 0,
             tokens: 0,
+            room: Room::new(roots, redo_max),
         }
     }
 
     /// The thread's body.
     pub(super) fn run(mut self) {
+        let _alive = Alive { shared: self.shared.clone(), events: self.sender.clone() };
         loop {
             let event = match self.backlog.pop_front() {
                 Some(event) => event,
@@ -298,6 +295,9 @@ impl Receiving {
     /// Takes events until one is what is waited for; what must interrupt the wait does, the rest is kept for later.
     pub(super) fn wait<T>(&mut self, mut wanted: impl FnMut(Event) -> Result<T, Event>) -> Result<T, StandbyError> {
         loop {
+            if let Some(error) = self.session.as_ref().and_then(|s| s.error()).or_else(|| self.shared.refusing()) {
+                return Err(error);
+            }
             let event = self.events.recv().map_err(|RecvError| StandbyError::Stopped)?;
             if self.shared.crashed() {
                 return Err(StandbyError::Stopped);
@@ -322,9 +322,6 @@ impl Receiving {
                 Event::Gone { session, hash } => self.gone(session, hash),
                 Event::Staged | Event::Progress | Event::Fetched { .. } | Event::Done { .. } => {}
                 other => self.backlog.push_back(other),
-            }
-            if let Some(error) = self.session.as_ref().and_then(|s| s.error()).or_else(|| self.shared.refusing()) {
-                return Err(error);
             }
         }
     }
@@ -352,7 +349,7 @@ impl Receiving {
         let (mut batch, mut weight) = (vec![], 0);
         for op in frame.ops {
             let op = self.resolve(op, txn.lsn)?;
-            txn.content += content_bytes(&op);
+            txn.content += content_bytes(&op, &self.staging);
             weight += op.weight();
             batch.push(op);
             if weight >= RECORD_BYTES {
@@ -360,6 +357,7 @@ impl Receiving {
                 weight = 0;
             }
         }
+        self.check_room_for(txn.content)?;
         match seal {
             None => {
                 if !batch.is_empty() {
@@ -368,7 +366,6 @@ impl Receiving {
                 self.txn = Some(txn);
             }
             Some(seal) => {
-                self.check_room_for(txn.content)?;
                 let chain = txn.chain.finish();
                 self.append(&mut txn, batch, Some((seal, chain)))?;
                 self.sealed = Position { lsn: txn.lsn, chain };
@@ -439,31 +436,6 @@ impl Receiving {
         self.log.append(&record)?;
         txn.bytes += bytes;
         self.shared.redo_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Waits until the redo log is below its limit again; a checkpoint makes room.
-    fn make_room_in_log(&mut self) -> Result<(), StandbyError> {
-        while self.shared.redo_bytes.load(Ordering::Relaxed) > self.redo_max {
-            self.settle()?;
-            self.ask(Cmd::Checkpoint);
-            self.wait(|event| if matches!(event, Event::Progress) { Ok(()) } else { Err(event) })?;
-        }
-        Ok(())
-    }
-
-    /// Both file systems must hold what was accepted, and a reserve.
-    pub(super) fn check_room_for(&mut self, content: u64) -> Result<(), StandbyError> {
-        let need = RESERVE + content + self.shared.unapplied.load(Ordering::Relaxed);
-        for (path, need) in [(&self.roots[0], need), (&self.roots[1], RESERVE + content)] {
-            let Ok(stat) = rfs::statvfs(path) else { continue };
-            let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-            if free < need {
-                let error = StandbyError::Full { path: path.clone(), free: free >> 20, need: need.div_ceil(1 << 20) };
-                self.shared.problem(error.to_string());
-                return Err(error);
-            }
-        }
         Ok(())
     }
 

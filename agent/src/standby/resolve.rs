@@ -99,7 +99,7 @@ impl Receiving {
                 self.staging.object(hash).and_then(|file| file.read_exact_at(&mut bytes, 0)).map_err(failed)?;
                 Ok((ContentHash::of(&bytes) == hash).then(|| Content::Inline(ByteBuf::from(bytes))))
             }
-            Some(staged) if staged == size => Ok(self.staging.pin(hash, lsn).map(|_| Content::Staged)),
+            Some(staged) if staged == size => Ok(self.staging.pin(hash, lsn).then_some(Content::Staged)),
             _ => Ok(None),
         }
     }
@@ -148,7 +148,7 @@ impl Receiving {
             part.copy(&file, 0, size).map_err(failed)?;
             let session = self.session.as_ref().map_or(0, |s| s.id);
             if part.finish(hash, size, session).map_err(failed)? == Finished::Staged {
-                return Ok(self.staging.pin(hash, lsn).map(|_| Content::Staged));
+                return Ok(self.staging.pin(hash, lsn).then_some(Content::Staged));
             }
         }
         Ok(None)
@@ -224,6 +224,6 @@ impl Receiving {
         if part.finish(hash, size, session).map_err(failed)? == Finished::Wrong {
             return Ok(None);
         }
-        Ok(self.staging.pin(hash, lsn).map(|_| Content::Staged))
+        Ok(self.staging.pin(hash, lsn).then_some(Content::Staged))
     }
 }

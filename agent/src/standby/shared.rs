@@ -157,6 +157,21 @@ pub(super) struct Shared {
     pub(super) hold: AtomicBool,
 }
 
+/// Held by a thread: tells everybody if it ends by a panic, so that nobody waits for it.
+pub(super) struct Alive {
+    pub(super) shared: Arc<Shared>,
+    pub(super) events: std::sync::mpsc::Sender<super::receiver::Event>,
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.shared.refuse("a thread of the standby failed (a bug: please report it)");
+        }
+        let _ = self.events.send(super::receiver::Event::Progress);
+    }
+}
+
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -76,12 +76,14 @@ impl Staging {
         File::open(self.path(hash))
     }
 
-    /// Keeps an object until the checkpoint passes `lsn`; gives the bytes it takes on disk, `None` when it is not there.
-    pub(super) fn pin(&self, hash: ContentHash, lsn: Lsn) -> Option<u64> {
-        let mut objects = lock(&self.objects);
-        let object = objects.get_mut(&hash)?;
-        object.pin = object.pin.max(Some(lsn));
-        Some(fs::metadata(self.path(hash)).map_or(object.size, |m| m.blocks() * 512))
+    /// Keeps an object until the checkpoint passes `lsn`; `false` when it is not there.
+    pub(super) fn pin(&self, hash: ContentHash, lsn: Lsn) -> bool {
+        lock(&self.objects).get_mut(&hash).map(|object| object.pin = object.pin.max(Some(lsn))).is_some()
+    }
+
+    /// Bytes an object takes on disk; 0 when it is not there.
+    pub(super) fn takes(&self, hash: ContentHash) -> u64 {
+        fs::metadata(self.path(hash)).map_or(0, |m| m.blocks() * 512)
     }
 
     /// The txns after `lsn` were taken back.

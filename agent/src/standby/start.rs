@@ -117,6 +117,11 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
     let rescue = Rescue::new(&state_dir);
 
     let mut complete = known.is_some_and(|known| known.complete);
+    if rebuild && complete {
+        // The files may be ahead of or behind any cut: the primary has to compare them first.
+        complete = false;
+        on_complete(false);
+    }
     let sealed = log.sealed();
     let checkpoint = manifest.position().map_err(|e| manifest.state_error(&e))?;
     if sealed.lsn > checkpoint.lsn {

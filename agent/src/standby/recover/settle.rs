@@ -66,9 +66,6 @@ impl Work<'_> {
 
     /// Removes what is of another type than wanted, or not wanted.
     fn clear(&mut self, path: &RelPath) -> Result<(), Errno> {
-        if path.is_root() {
-            return Ok(());
-        }
         let Some(stat) = self.replica.stat(path)? else { return Ok(()) };
         let wanted = self.wanted_row(path);
         let keep = wanted.as_ref().is_some_and(|row| same_type(&stat, &row.entry));
@@ -79,7 +76,7 @@ impl Work<'_> {
         for child in children(self.replica, path)?.iter().filter(|child| child.name().starts_with(TEMP)) {
             self.replica.remove(child)?;
         }
-        if keep {
+        if keep || path.is_root() {
             return Ok(());
         }
         match self.replica.remove(path) {

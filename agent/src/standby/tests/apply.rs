@@ -127,3 +127,25 @@ async fn a_local_edit_is_kept_in_rescue_and_then_overwritten() {
     );
     assert!(rig.problems().iter().any(|m| m.contains("rescue")));
 }
+
+/// `cargo test --release -p twinbox --lib standby::tests::apply::measure -- --ignored --nocapture`
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn measure_a_burst_of_messages() {
+    let mut rig = Rig::new().await;
+    rig.check(vec![mkdir("new", 1), mkdir("cur", 1)]).await;
+    let bytes: Vec<Vec<u8>> = (0..5000).map(|at| noise(at, 8000)).collect();
+    let start = std::time::Instant::now();
+    let (mut last, mut digest) = (Lsn::ZERO, rig.model.digest());
+    for (at, bytes) in bytes.iter().enumerate() {
+        let path = format!("new/{at}");
+        digest.add(Digest::row(&key(), &p(&path), &file(bytes, 1)));
+        let (lsn, frames) = rig.outbox.seal(vec![put(&path, bytes, 1)], 0, digest, 1).unwrap();
+        soon(rig.session.as_ref().unwrap().frame(frames[0].clone())).await.unwrap();
+        last = lsn;
+    }
+    rig.durable(last).await;
+    eprintln!("durable after {:?}", start.elapsed());
+    rig.applied(last).await;
+    eprintln!("applied after {:?}", start.elapsed());
+}

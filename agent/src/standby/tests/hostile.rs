@@ -1,6 +1,7 @@
 //! Frames no honest primary sends, and trees somebody prepared.
 
 use twinbox_protocol::codec;
+use twinbox_protocol::msg::RefuseCode;
 use twinbox_protocol::ops::{LogFrame, Seal};
 
 use super::*;
@@ -93,4 +94,19 @@ async fn a_link_in_the_replica_leads_nobody_outside() {
         (before.0.mode(), before.0.ctime_nsec(), before.1.ctime_nsec()),
         (after.0.mode(), after.0.ctime_nsec(), after.1.ctime_nsec())
     );
+}
+
+#[tokio::test]
+async fn a_panic_in_a_thread_leaves_nobody_waiting() {
+    let mut rig = Rig::new().await;
+    let reply = Box::new(|_: Vec<fs::File>| panic!("provoked by a test"));
+    rig.handle().applier.send(Cmd::Fetch { hash: ContentHash([0; 32]), hint: None, reply }).unwrap();
+    rig.send_raw(vec![put("a", b"1", 1)], 0).await;
+    assert!(matches!(soon(rig.session.as_ref().unwrap().failed()).await, StandbyError::Latched { .. }));
+    let refused = soon(rig.handle().replica(&hello(Position::START, Digest::default()))).await.unwrap_err();
+    assert_eq!(refused.code, RefuseCode::Failed);
+    let (out, _keep) = mpsc::unbounded_channel();
+    assert!(soon(rig.handle().begin(Position::START, false, out)).await.is_err());
+    rig.stop();
+    rig.start().unwrap();
 }

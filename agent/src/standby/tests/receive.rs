@@ -62,6 +62,34 @@ async fn parts_of_a_txn_that_was_never_sealed_leave_nothing() {
 }
 
 #[tokio::test]
+async fn parts_taken_back_are_not_applied_though_they_were_read_already() {
+    let mut rig = Rig::new().await;
+    rig.hold();
+    // The receiver waits for a content with the next txn's part queued behind it: one flush then writes both, and the applier buffers both.
+    let first = rig.send(vec![known("a", b"not here", 1)]).await;
+    rig.until(|m| matches!(m, ToPrimary::Miss { .. })).await;
+    let part = twinbox_protocol::ops::LogFrame {
+        lsn: Lsn(2),
+        prev: Lsn(1),
+        part: 0,
+        flags: 0,
+        captured_ns: 0,
+        ops: vec![put("taken-back", b"never sealed", 1)],
+        seal: None,
+    };
+    soon(rig.session.as_ref().unwrap().frame(twinbox_protocol::codec::encode(&part))).await.unwrap();
+    rig.model.bytes.insert(ContentHash::of(b"not here"), b"not here".to_vec());
+    stage(&mut rig, b"not here").await;
+    rig.durable(first).await;
+    rig.handle().shared.hold.store(false, Ordering::Relaxed);
+    rig.begin().await.unwrap();
+    rig.outbox.seal(vec![], 0, Digest::default(), 0).unwrap();
+    rig.outbox.handle_restart(Position { lsn: first, ..rig.handle().status().durable });
+    rig.check(vec![put("b", b"2", 3)]).await;
+    assert_eq!(rig.outbox.last().lsn, Lsn(3));
+}
+
+#[tokio::test]
 async fn references_are_resolved_before_the_ack() {
     let mut rig = Rig::new().await;
     let (small, large) = (noise(1, 5000), noise(2, 200_000));
@@ -355,14 +383,26 @@ async fn a_log_that_cannot_be_written_is_latched() {
     rig.begin().await.unwrap();
     rig.check(vec![put("a", b"1", 1)]).await;
     let before = rig.outbox.last();
-    let many: Vec<Op> = (0..60).map(|at| put(&format!("m{at}"), &noise(at, 60_000), 2)).collect();
-    rig.send_raw(many, 0).await;
+    let mut filler = fs::File::create(rig.state().join("redo/filler")).unwrap();
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    // Small enough to wait in memory until the sync: the sync fails, so there is no acknowledgement.
+    rig.send_raw(vec![put("b", &noise(1, 60_000), 1)], 0).await;
     let error = soon(rig.session.as_ref().unwrap().failed()).await;
     assert!(matches!(error, StandbyError::Redo { .. } | StandbyError::Latched { .. }), "{error}");
     assert_eq!(rig.handle().status().durable, before);
     let refused = soon(rig.handle().replica(&hello(before, Digest::default()))).await.unwrap_err();
     assert_eq!(refused.code, twinbox_protocol::msg::RefuseCode::Failed);
     assert!(rig.handle().status().refusing.is_some());
+    rig.problems();
+    assert!(!rig.heard.iter().any(|m| matches!(m, ToPrimary::Durable { lsn } if *lsn > before.lsn)));
+    // Room alone does not help: what the kernel said it had written may be gone.
+    fs::remove_file(rig.state().join("redo/filler")).unwrap();
+    assert!(soon(rig.handle().replica(&hello(before, Digest::default()))).await.is_err());
     rig.crash();
+    rig.start().unwrap();
+    rig.begin().await.unwrap();
+    assert_eq!(rig.outbox.last(), before);
+    rig.check(vec![put("b", b"2", 1)]).await;
+    rig.stop();
     drop(mount);
 }

@@ -237,6 +237,9 @@ async fn history(before: &[Act], after: &[Act], reached: &[u8], applied: usize, 
                 .for_each(|(_, op)| effect(&rig.root(), model, op, how % 3 == 2));
         }
     }
+    if all.iter().any(|(_, ops)| !ops.is_empty()) {
+        fs::write(rig.root().join(".twinbox-apply-5"), b"half").unwrap();
+    }
     // A recovery that dies in the middle …
     fault::LEFT.set(Some(interrupted));
     let first = rig.start();
