@@ -164,7 +164,8 @@ impl Engine {
                 let read = super::dirty::weight(&seen);
                 if let Seen::Present(found) = &seen {
                     self.other_names(name, &path, found, row.as_ref())?;
-                    if matches!(found.body, Body::Bytes(_) | Body::Recipe(_)) && self.sets.group(name).bytes > GROUP_BYTES
+                    if matches!(found.body, Body::Bytes(_) | Body::Recipe(_))
+                        && self.sets.group(name).bytes > GROUP_BYTES
                         && (self.complete || self.scan.is_done())
                     {
                         return self.send_ahead(name, path, row.as_ref()).map(|()| 0);

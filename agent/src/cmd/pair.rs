@@ -122,6 +122,7 @@ async fn host(args: &Pair, config: &Config, key: NodeKey, pins: PinnedPeers, min
         _ = tokio::signal::ctrl_c() => return Err(Failure::new(ExitCode::Interrupted, "not paired; the code is void")),
     };
     let paired = paired.map_err(|ended| Failure::new(ExitCode::Peer, ended.to_string()))?;
-    endpoint.close().await;
+    // The guest may not have read its answer yet: closing now would tell it that the pairing broke off.
+    endpoint.finish().await;
     Ok(paired)
 }

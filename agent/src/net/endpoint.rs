@@ -289,6 +289,13 @@ impl Endpoint {
         self.core.desk.open(offer, now)
     }
 
+    /// Waits until the connections that are open have ended by themselves (within the limit of [`Endpoint::close`]), then closes. For
+    /// whoever has said all it had to say, and whose last words are still on their way.
+    pub async fn finish(&self) {
+        let _ = timeout(CLOSE_LIMIT, self.core.quic.wait_idle()).await;
+        self.close().await;
+    }
+
     /// Closes every connection with [`CloseCode::Shutdown`] and gives peers a moment to hear of it.
     pub async fn close(&self) {
         self.core.stop();
