@@ -406,3 +406,41 @@ async fn a_log_that_cannot_be_written_is_latched() {
     rig.stop();
     drop(mount);
 }
+
+#[tokio::test]
+async fn a_replica_that_fills_up_is_waited_for_and_rescue_crosses_file_systems() {
+    let mut rig = Rig::empty();
+    let Some(mount) = Small::mount(rig.root(), "80m") else { return };
+    rig.start().unwrap();
+    rig.begin().await.unwrap();
+    rig.check(vec![mkdir("d", 1), put("d/a", b"1", 1), put("e", b"x", 1)]).await;
+    rig.hold();
+    let lsn = rig.send(vec![put("b", &noise(1, 60_000), 1)]).await;
+    rig.durable(lsn).await;
+    let mut filler = fs::File::create(rig.root().join(".twinbox-filler")).unwrap();
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    rig.handle().shared.hold.store(false, Ordering::Relaxed);
+    rig.handle().applier.send(Cmd::Wake).unwrap();
+    rig.until(|m| matches!(m, ToPrimary::Problem { message } if message.contains("standby disk is full"))).await;
+    let refused = soon(rig.handle().replica(&hello(rig.outbox.last(), Digest::default()))).await.unwrap_err();
+    assert!(refused.message.contains("full"), "{refused}");
+    assert!(rig.handle().status().refusing.is_none(), "it passes by itself");
+    drop(filler);
+    fs::remove_file(rig.root().join(".twinbox-filler")).unwrap();
+    rig.applied(lsn).await;
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+    // Local changes are kept although the state directory is another file system.
+    fs::write(rig.root().join("d/a"), b"edited").unwrap();
+    fs::remove_file(rig.root().join("e")).unwrap();
+    fs::create_dir_all(rig.root().join("e/below")).unwrap();
+    fs::write(rig.root().join("e/below/f"), b"strange").unwrap();
+    std::os::unix::fs::symlink("nowhere", rig.root().join("e/l")).unwrap();
+    let lsn = rig.send(vec![remove("d/a"), put("e", b"y", 2)]).await;
+    rig.applied(lsn).await;
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+    let kept = rig.rescued();
+    let kept: Vec<(&str, &[u8])> = kept.iter().map(|(n, b)| (n.as_str(), b.as_slice())).collect();
+    assert_eq!(kept, [("d/a", b"edited".as_slice()), ("e/below/f", b"strange"), ("e/l", b"")]);
+    rig.stop();
+    drop(mount);
+}
