@@ -279,10 +279,16 @@ impl Planner<'_> {
         }
         if same {
             // Another inode with the same content. On the standby the old one may be shared with other names: then part them.
-            let shared = match row.and_then(|row| row.local) {
-                Some(local) => self.view.by_ino(local.ino)?.iter().any(|other| other != path),
-                None => false,
+            let shared = match (row.and_then(|row| row.local), found.entry.hash()) {
+                (Some(local), _) => self.view.by_ino(local.ino)?.iter().any(|other| other != path),
+                // The row was pulled: which names share an inode there is not known, but they have the same content.
+                (None, Some(hash)) => self.view.paths_with(hash)?.iter().any(|other| other != path),
+                (None, None) => false,
             };
+            if !shared {
+                // At once, so that the other names of this inode find it.
+                self.view.set_local(path, Some(found.local))?;
+            }
             return Ok(!shared);
         }
         if row.is_none() && found.entry.hash().is_some() && found.nlink == 1 {

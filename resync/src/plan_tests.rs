@@ -87,6 +87,8 @@ enum Act {
     Link(u8, u8),
     Rename(u8, u8),
     Remove(u8),
+    /// Rows were pulled from the standby: what this machine knew of the files is gone, and all of them are looked at again.
+    Pulled,
 }
 
 const NAMES: [&str; 12] = ["a", "b", "c", "a/a", "a/b", "b/a", "b/c", "a/a/a", "b/a/x", "c/x", "c/x/y", "b/c/z"];
@@ -100,6 +102,7 @@ fn act() -> impl Strategy<Value = Act> {
         (n.clone(), n.clone()).prop_map(|(a, b)| Act::Link(a, b)),
         (n.clone(), n.clone()).prop_map(|(a, b)| Act::Rename(a, b)),
         n.prop_map(Act::Remove),
+        Just(Act::Pulled),
     ]
 }
 
@@ -110,6 +113,7 @@ struct World {
     dirty: BTreeMap<RelPath, bool>,
     hints: Vec<Hint>,
     lsn: Lsn,
+    inodes: u64,
     _dirs: tempfile::TempDir,
 }
 
@@ -122,7 +126,7 @@ impl World {
         replica.set_digest_key(DigestKey([5; 32])).unwrap();
         replica.begin().unwrap();
         let view = View::new(manifest);
-        World { tree: Tree::default(), view, replica, dirty: BTreeMap::new(), hints: vec![], lsn: Lsn(0), _dirs: dirs }
+        World { tree: Tree::default(), view, replica, dirty: BTreeMap::new(), hints: vec![], lsn: Lsn(0), inodes: 0, _dirs: dirs }
     }
 
     /// What the watcher would make of an act.
@@ -167,6 +171,12 @@ impl World {
                     self.dirty.entry(from.clone()).or_default();
                     self.dirty.entry(to.clone()).or_default();
                     self.hints.push(Hint { from, to });
+                }
+            }
+            Act::Pulled => {
+                for (path, _) in self.view.below(&RelPath::root()).unwrap() {
+                    self.view.set_local(&path, None).unwrap();
+                    self.dirty.insert(path, true);
                 }
             }
             Act::Remove(a) => {
@@ -232,6 +242,11 @@ impl World {
                 assert!(!fresh || *content != Content::Known, "a reference to what the standby never had");
             }
             perform(&mut self.replica, op).unwrap();
+            if let Op::Put { path, .. } | Op::Make { path, .. } = op {
+                // A new inode there; a link copies it.
+                self.inodes += 1;
+                self.replica.set_local(path, Some(Local { ino: self.inodes, ctime: Time::default() })).unwrap();
+            }
         }
         assert_eq!(self.replica.digest(), self.view.digest());
     }
@@ -243,6 +258,13 @@ impl World {
             let Seen::Present(found) = self.tree.seen(&path, true) else { unreachable!() };
             assert_eq!((&row.entry, row.local.map(|l| l.ino)), (&found.entry, Some(found.local.ino)), "{path}");
             assert_eq!(self.replica.row(&path).unwrap().unwrap().entry, found.entry, "{path}");
+        }
+        // Names that share an inode here share one there, and no others do.
+        let there = |path: &RelPath| self.replica.row(path).unwrap().unwrap().local.map(|l| l.ino);
+        for (a, ino) in self.tree.nodes.iter().filter(|(a, _)| !self.tree.is_dir(a)) {
+            for (b, other) in self.tree.nodes.iter().filter(|(b, _)| !self.tree.is_dir(b)) {
+                assert_eq!(ino == other, there(a) == there(b), "{a} and {b}");
+            }
         }
     }
 }
