@@ -7,9 +7,13 @@ use std::time::Duration;
 /// A server silent for this long has failed.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Tries of one delivery. Dovecot 2.3's lmtp process can end under an mdbox move of the same mailbox; a mail server's queue then tries
+/// again, on a new connection.
+const TRIES: u32 = 3;
+
 /// An LMTP session.
 #[derive(Debug)]
-pub struct Lmtp(BufReader<TcpStream>);
+pub struct Lmtp(BufReader<TcpStream>, SocketAddr);
 
 impl Lmtp {
     /// Connects and greets.
@@ -17,14 +21,24 @@ impl Lmtp {
         let stream = TcpStream::connect(to)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(LIMIT))?;
-        let mut session = Self(BufReader::new(stream));
+        let mut session = Self(BufReader::new(stream), to);
         session.expect("220")?;
         session.command("LHLO load.test", "250")?;
         Ok(session)
     }
 
-    /// Delivers one message (CRLF lines) to users; each has it when this returns.
+    /// Delivers one message (CRLF lines) to users; each has it when this returns (twice, if the server ended after storing it).
     pub fn deliver(&mut self, users: &[String], message: &[u8]) -> io::Result<()> {
+        for _ in 1..TRIES {
+            match self.try_deliver(users, message) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => *self = Self::connect(self.1)?,
+                other => return other,
+            }
+        }
+        self.try_deliver(users, message)
+    }
+
+    fn try_deliver(&mut self, users: &[String], message: &[u8]) -> io::Result<()> {
         self.command("MAIL FROM:<sender@load.test>", "250")?;
         for user in users {
             self.command(&format!("RCPT TO:<{user}@load.test>"), "250")?;
@@ -56,7 +70,9 @@ impl Lmtp {
     fn expect(&mut self, want: &str) -> io::Result<()> {
         loop {
             let mut line = String::new();
-            self.0.read_line(&mut line)?;
+            if self.0.read_line(&mut line)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             if !line.starts_with(want) {
                 return Err(io::Error::other(format!("LMTP: wanted {want}, got {line:?}")));
             }
