@@ -320,6 +320,7 @@ fn a_file_below_a_directory_that_cannot_be_read_waits_for_it() {
     world.tree.add(&p("b"), Some(vec![2; 9]));
     let seen = [("a", Seen::Skip), ("a/a", world.tree.seen(&p("a/a"), true)), ("b", world.tree.seen(&p("b"), true))];
     let seen = seen.into_iter().map(|(path, seen)| (p(path), seen)).collect();
-    let ops = plan(&mut world.view, Lsn(1), &seen, &[]).expect("looked at again, it would be as unreadable as before: for ever, and nothing of its group would arrive");
+    let ops = plan(&mut world.view, Lsn(1), &seen, &[])
+        .expect("looked at again, it would be as unreadable as before: for ever, and nothing of its group would arrive");
     assert!(matches!(&ops[..], [Op::Put { path, .. }] if *path == p("b")), "{ops:?}");
 }

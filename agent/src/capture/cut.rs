@@ -96,10 +96,14 @@ impl Engine {
     }
 
     fn is_cut(&mut self, unit: &BTreeSet<Group>) -> bool {
-        if !self.complete && !self.scan.is_done() {
-            return true;
-        }
-        self.scan.is_done() && unit.iter().all(|name| self.sets.is_round_whole(name))
+        let whole = match self.complete || self.scan.is_done() {
+            true => self.scan.is_done() && unit.iter().all(|name| self.sets.is_round_whole(name)),
+            false => true,
+        };
+        // Names of one inode seen at different times: an event under one of them says nothing of the others, and the manifest may not know them yet.
+        let stale = if whole { self.sets.stale_links(unit) } else { vec![] };
+        stale.iter().for_each(|path| self.mark(path, true, true, false));
+        whole && stale.is_empty()
     }
 
     fn look_at_group(
@@ -164,7 +168,8 @@ impl Engine {
                 let read = super::dirty::weight(&seen);
                 if let Seen::Present(found) = &seen {
                     self.other_names(name, &path, found, row.as_ref())?;
-                    if matches!(found.body, Body::Bytes(_) | Body::Recipe(_)) && self.sets.group(name).bytes > GROUP_BYTES
+                    if matches!(found.body, Body::Bytes(_) | Body::Recipe(_))
+                        && self.sets.group(name).bytes > GROUP_BYTES
                         && (self.complete || self.scan.is_done())
                     {
                         return self.send_ahead(name, path, row.as_ref()).map(|()| 0);

@@ -339,7 +339,10 @@ fn who_waits_for_a_sync_does_not_take_a_lost_txn_for_arrived() {
     rig.engine.command(Command::Sync(reply)).unwrap();
     rig.until("waits for a txn", |r| r.engine.waiters.iter().any(|w| w.at.is_some()));
     rig.disconnect();
-    assert!(rig.engine.waiters.iter().all(|w| w.at.is_none() && w.groups.is_none()), "that txn is dropped, and its number passed by others");
+    assert!(
+        rig.engine.waiters.iter().all(|w| w.at.is_none() && w.groups.is_none()),
+        "that txn is dropped, and its number passed by others"
+    );
 }
 
 #[test]
@@ -376,4 +379,21 @@ fn a_first_sync_ends_though_mail_keeps_coming() {
         rig.turn();
     }
     panic!("never protected on a line with a round trip longer than the time between two messages");
+}
+
+#[test]
+fn names_of_a_new_inode_are_of_one_time() {
+    let mut rig = started(&["u"]);
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap();
+    fs::write(rig.root.join("u/a"), b"one").unwrap();
+    fs::hard_link(rig.root.join("u/a"), rig.root.join("u/b")).unwrap();
+    let seen = |r: &Rig, path: &str| r.engine.sets.groups().any(|(_, g)| g.captured.contains_key(&p(path)) && g.dirty.is_empty());
+    rig.until("seen", |r| seen(r, "u/b") && seen(r, "u/a"));
+    fs::write(rig.root.join("u/a"), b"two").unwrap();
+    rig.engine.boundary().unwrap();
+    rig.until("seen again", |r| seen(r, "u/b") && seen(r, "u/a"));
+    rig.stage = true;
+    rig.settle();
+    rig.check();
 }

@@ -89,7 +89,8 @@ impl Engine {
             Command::Reselect(choice) => {
                 (self.config.selection, self.config.grouping) = *choice;
                 // Other groups: what was seen under the old ones would be committed past the events of the new.
-                let paths: Vec<RelPath> = self.sets.groups().flat_map(|(_, g)| g.dirty.keys()).cloned().chain(self.sets.observed()).collect();
+                let paths: Vec<RelPath> =
+                    self.sets.groups().flat_map(|(_, g)| g.dirty.keys()).cloned().chain(self.sets.observed()).collect();
                 self.sets.clear();
                 self.larges.clear();
                 paths.iter().for_each(|path| self.mark(path, true, true, false));
