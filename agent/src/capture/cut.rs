@@ -334,7 +334,7 @@ impl Engine {
         let (mut groups, at) = self.last_groups.take().unwrap_or_else(|| (all(), None));
         groups.retain(|name| !self.sets.group_is_clean(name));
         let at = if groups.is_empty() { at.or(Some(self.outbox.last().lsn)) } else { None };
-        if !at.is_some_and(|at| self.outbox.in_flight().next().is_none_or(|first| first.position.lsn > at)) {
+        if at.is_none_or(|at| self.outbox.in_flight().next().is_some_and(|first| first.position.lsn <= at)) {
             self.last_groups = Some((groups, at));
             return Ok(());
         }
