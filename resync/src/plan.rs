@@ -143,8 +143,15 @@ impl Planner<'_> {
 
     fn run(&mut self, hints: &[Hint]) -> Result<(), PlanError> {
         self.renames(hints)?;
-        let present: Vec<(&RelPath, &Found)> =
+        let mut present: Vec<(&RelPath, &Found)> =
             self.seen.iter().filter_map(|(p, s)| if let Seen::Present(f) = s { Some((p, &**f)) } else { None }).collect();
+        let mut hidden = HashSet::new();
+        for (path, _) in &present {
+            if self.is_hidden(path)? {
+                hidden.insert(*path);
+            }
+        }
+        present.retain(|(path, _)| !hidden.contains(path));
         for (path, found) in present.iter().filter(|(_, f)| f.entry.is_dir()) {
             self.directory(path, found)?;
         }
@@ -170,10 +177,38 @@ impl Planner<'_> {
         Ok(())
     }
 
+    /// Whether a directory on the way is not known and cannot be read: what is below it comes with it, when it can. Looking again would only find the same.
+    fn is_hidden(&self, path: &RelPath) -> Result<bool, PlanError> {
+        let mut at = path.parent();
+        while let Some(dir) = at.filter(|d| !d.is_root()) {
+            if self.view.row(&dir)?.is_some() {
+                return Ok(false);
+            }
+            if self.seen.get(&dir) == Some(&Seen::Skip) {
+                return Ok(true);
+            }
+            at = dir.parent();
+        }
+        Ok(false)
+    }
+
+    /// Renames that lead to something that cannot be read: nothing but the event says what it is, and the standby keeps what it has of it under the new name.
+    fn blind(&self, hints: &[Hint]) -> Vec<bool> {
+        let (mut wanted, mut blind) = (HashSet::new(), vec![false; hints.len()]);
+        for (hint, blind) in hints.iter().zip(&mut blind).rev() {
+            *blind = wanted.remove(&hint.to) || self.seen.get(&hint.to) == Some(&Seen::Skip);
+            if *blind {
+                wanted.insert(&hint.from);
+            }
+        }
+        blind
+    }
+
     fn renames(&mut self, hints: &[Hint]) -> Result<(), PlanError> {
+        let blind = self.blind(hints);
         let inos: HashSet<u64> =
             self.seen.values().filter_map(|s| if let Seen::Present(f) = s { Some(f.local.ino) } else { None }).collect();
-        for Hint { from, to } in hints {
+        for (Hint { from, to }, blind) in hints.iter().zip(blind) {
             // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
             let needed = self.found(to).is_some_and(|f| f.entry.is_dir());
             let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };
@@ -181,7 +216,7 @@ impl Planner<'_> {
                 skipped("moved here from a name that is not known")?;
                 continue;
             };
-            if from == to || to.is_within(from) || from.is_within(to) || !row.local.is_some_and(|l| inos.contains(&l.ino)) {
+            if from == to || to.is_within(from) || from.is_within(to) || !(blind || row.local.is_some_and(|l| inos.contains(&l.ino))) {
                 skipped("not what was moved here")?;
                 continue;
             }

@@ -316,3 +316,33 @@ fn a_failed_plan_leaves_rows_and_digest_as_they_were() {
     assert!(world.view.row(&p("a/a")).unwrap().is_some());
     assert!(world.view.row(&p("b/a")).unwrap().is_none());
 }
+
+#[test]
+fn what_cannot_be_read_any_more_keeps_its_content_when_it_is_renamed() {
+    let mut world = World::new();
+    for act in [Act::File(0, 1), Act::Dir(1), Act::File(5, 2)].iter() {
+        world.act(act);
+    }
+    world.cut();
+    // Both are made unreadable, then renamed; one of them twice.
+    let hint = |from: &str, to: &str| Hint { from: p(from), to: p(to) };
+    let hints = [hint("a", "t"), hint("b", "d"), hint("t", "c")];
+    let seen = [("a", Seen::Absent), ("b", Seen::Absent), ("t", Seen::Absent), ("c", Seen::Skip), ("d", Seen::Skip)];
+    let seen = seen.into_iter().map(|(path, seen)| (p(path), seen)).collect();
+    plan(&mut world.view, Lsn(90), &seen, &hints).unwrap();
+    let names: Vec<String> = world.view.below(&RelPath::root()).unwrap().iter().map(|(path, _)| path.to_string()).collect();
+    assert_eq!(names, ["c", "d", "d/a"], "else the standby throws away what it has of them");
+}
+
+#[test]
+fn a_file_below_a_directory_that_cannot_be_read_waits_for_it() {
+    let mut world = World::new();
+    world.tree.add(&p("a"), None);
+    world.tree.add(&p("a/a"), Some(vec![1; 9]));
+    world.tree.add(&p("b"), Some(vec![2; 9]));
+    let seen = [("a", Seen::Skip), ("a/a", world.tree.seen(&p("a/a"), true)), ("b", world.tree.seen(&p("b"), true))];
+    let seen = seen.into_iter().map(|(path, seen)| (p(path), seen)).collect();
+    let ops = plan(&mut world.view, Lsn(1), &seen, &[])
+        .expect("looked at again, it would be as unreadable as before: for ever, and nothing of its group would arrive");
+    assert!(matches!(&ops[..], [Op::Put { path, .. }] if *path == p("b")), "{ops:?}");
+}

@@ -96,10 +96,14 @@ impl Engine {
     }
 
     fn is_cut(&mut self, unit: &BTreeSet<Group>) -> bool {
-        if !self.complete && !self.scan.is_done() {
-            return true;
-        }
-        self.scan.is_done() && unit.iter().all(|name| self.sets.is_round_whole(name))
+        let whole = match self.complete || self.scan.is_done() {
+            true => self.scan.is_done() && unit.iter().all(|name| self.sets.is_round_whole(name)),
+            false => true,
+        };
+        // Names of one inode seen at different times: an event under one of them says nothing of the others, and the manifest may not know them yet.
+        let stale = if whole { self.sets.stale_links(unit) } else { vec![] };
+        stale.iter().for_each(|path| self.mark(path, true, true, false));
+        whole && stale.is_empty()
     }
 
     fn look_at_group(
@@ -330,7 +334,7 @@ impl Engine {
         let (mut groups, at) = self.last_groups.take().unwrap_or_else(|| (all(), None));
         groups.retain(|name| !self.sets.group_is_clean(name));
         let at = if groups.is_empty() { at.or(Some(self.outbox.last().lsn)) } else { None };
-        if !at.is_some_and(|at| self.outbox.in_flight().next().is_none_or(|first| first.position.lsn > at)) {
+        if at.is_none_or(|at| self.outbox.in_flight().next().is_some_and(|first| first.position.lsn <= at)) {
             self.last_groups = Some((groups, at));
             return Ok(());
         }

@@ -222,6 +222,23 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
     }
 
+    /// Names seen of an inode that has since been seen with a later ctime under another name.
+    #[must_use]
+    pub fn stale_links(&self, names: &BTreeSet<Group>) -> Vec<RelPath> {
+        let linked = |(path, seen): (_, &Seen)| match seen {
+            Seen::Present(found) if found.nlink > 1 && !found.entry.is_dir() => Some((path, found.local)),
+            _ => None,
+        };
+        let all: Vec<(&RelPath, twinbox_resync::rows::Local)> =
+            names.iter().filter_map(|name| self.groups.get(name)).flat_map(|g| g.captured.iter().filter_map(linked)).collect();
+        let mut last = BTreeMap::new();
+        for (_, local) in &all {
+            let ctime = last.entry(local.ino).or_insert(local.ctime);
+            *ctime = local.ctime.max(*ctime);
+        }
+        all.into_iter().filter(|(_, local)| last.get(&local.ino) != Some(&local.ctime)).map(|(path, _)| path.clone()).collect()
+    }
+
     /// What of a path was seen and is not committed.
     #[must_use]
     pub fn seen(&self, group: &[u8], path: &RelPath) -> Pending {

@@ -305,7 +305,9 @@ impl Engine {
             let busy = scanned || cut;
             self.publish(busy);
             if !busy {
-                self.view.store_locals()?;
+                if self.pull.is_none() {
+                    self.view.store_locals()?; // Half a pull must still be taken back when its digest is wrong.
+                }
                 self.wait()?;
             }
         }

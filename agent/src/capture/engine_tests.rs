@@ -380,3 +380,20 @@ fn a_first_sync_ends_though_mail_keeps_coming() {
     }
     panic!("never protected on a line with a round trip longer than the time between two messages");
 }
+
+#[test]
+fn names_of_a_new_inode_are_of_one_time() {
+    let mut rig = started(&["u"]);
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap();
+    fs::write(rig.root.join("u/a"), b"one").unwrap();
+    fs::hard_link(rig.root.join("u/a"), rig.root.join("u/b")).unwrap();
+    let seen = |r: &Rig, path: &str| r.engine.sets.groups().any(|(_, g)| g.captured.contains_key(&p(path)) && g.dirty.is_empty());
+    rig.until("seen", |r| seen(r, "u/b") && seen(r, "u/a"));
+    fs::write(rig.root.join("u/a"), b"two").unwrap();
+    rig.engine.boundary().unwrap();
+    rig.until("seen again", |r| seen(r, "u/b") && seen(r, "u/a"));
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}

@@ -79,7 +79,7 @@ pub fn look(
         Ok(look) => look,
         Err(Errno::NOENT | Errno::NOTDIR) => Look::Seen(Seen::Absent, None),
         // A link where a moment ago was none, or a name under change: the event comes.
-        Err(Errno::LOOP | Errno::AGAIN | Errno::XDEV | Errno::STALE) => Look::Unstable { writer: false },
+        Err(Errno::LOOP | Errno::AGAIN | Errno::STALE) => Look::Unstable { writer: false },
         Err(error) => Look::Unreadable(error),
     };
     (look, writer)

@@ -150,3 +150,11 @@ fn a_rewritten_file_is_a_recipe_of_the_old_ones_chunks() {
     assert!(data < 130_000, "{data}");
     let _: Entry = second.entry;
 }
+
+#[test]
+fn a_mount_below_the_root_is_unreadable_and_not_looked_at_again_and_again() {
+    let root = Root::open(std::path::Path::new("/")).unwrap();
+    let known = Known { row: None, content: true, scan: true, quiet_only: false, boundary: Time::default() };
+    let (seen, _) = look(&root, &p("proc"), &known, |_| None, &NoChunks);
+    assert!(matches!(seen, Look::Unreadable(Errno::XDEV)), "{seen:?}: else its group never has a cut, and a first sync never ends");
+}

@@ -96,7 +96,7 @@ impl Engine {
     fn open_and_watch(&mut self, dir: &RelPath) -> Result<Option<(std::os::fd::OwnedFd, Vec<Listed>)>, CaptureError> {
         let fd = match self.root.dir_for_reading(dir) {
             Ok(fd) => fd,
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => return Ok(None),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
             Err(error) => {
                 self.cannot_read(dir, error);
                 return Ok(None);

@@ -88,6 +88,13 @@ impl Engine {
             Command::Sync(reply) => self.wait_for_sync(reply),
             Command::Reselect(choice) => {
                 (self.config.selection, self.config.grouping) = *choice;
+                // Other groups: what was seen under the old ones would be committed past the events of the new.
+                let paths: Vec<RelPath> =
+                    self.sets.groups().flat_map(|(_, g)| g.dirty.keys()).cloned().chain(self.sets.observed()).collect();
+                self.sets.clear();
+                self.larges.clear();
+                paths.iter().for_each(|path| self.mark(path, true, true, false));
+                self.waiters.iter_mut().for_each(|waiter| (waiter.groups, waiter.at) = (None, None));
                 self.scan.push(RelPath::root());
             }
             Command::Heard => self.heard(),

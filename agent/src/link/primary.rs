@@ -1,6 +1,7 @@
 //! A mirror's session as its primary sees it: hello, pull if memories differ, then the log, bulk objects and heartbeats until the connection ends; again and again.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -71,12 +72,34 @@ enum SessionError {
     Ended,
 }
 
+/// Numbers of sessions: never used twice in a process, so that a late `Down` of one that was aborted ends no other.
+static SESSIONS: AtomicU64 = AtomicU64::new(1);
+
+/// Says that a session is over, also when its task is aborted (a reload, a pairing): else the capture would ship into nowhere and call itself protected.
+struct DownAtEnd<'a> {
+    id: u64,
+    capture: &'a CaptureHandle,
+    shared: &'a Mutex<PeerLink>,
+}
+
+impl Drop for DownAtEnd<'_> {
+    fn drop(&mut self) {
+        self.capture.send(Command::Down(self.id));
+        if let Ok(mut link) = self.shared.lock() {
+            link.connected = false;
+        }
+    }
+}
+
 /// Runs sessions for ever; abort the task to end.
 pub async fn run(mirror: String, paths: Arc<Paths>, capture: CaptureHandle, shared: Arc<Mutex<PeerLink>>) {
-    for id in 1u64.. {
+    loop {
         let connection = paths.connection().await;
-        let result = session(id, &mirror, &connection, &paths, &capture, &shared).await;
-        capture.send(Command::Down(id));
+        let id = SESSIONS.fetch_add(1, Ordering::Relaxed);
+        let result = {
+            let _down = DownAtEnd { id, capture: &capture, shared: &shared };
+            session(id, &mirror, &connection, &paths, &capture, &shared).await
+        };
         if let Err(error) = result {
             let text = error.to_string();
             if let Ok(mut link) = shared.lock() {
@@ -172,24 +195,34 @@ async fn session(
         (link.connected, link.refused, link.diverged) = (true, None, false);
     }
     let bulk = send_objects(mirror, connection, objects);
-    let flow = async {
+    // Three things that never wait for each other: a standby that misses a content stops reading the log until we hear of it and answer.
+    let hear = async {
+        loop {
+            let message = control.next().await?.ok_or(SessionError::OutOfTurn)?;
+            heard(message, capture, shared)?;
+        }
+    };
+    let (to_log, mut for_log) = mpsc::unbounded_channel::<Vec<Vec<u8>>>(); // Bounded by the in-flight window, as above.
+    let write = async {
         let mut compressor = Compressor::new(true)?;
+        while let Some(frames) = for_log.recv().await {
+            for body in &frames {
+                compressor.frame(body)?;
+            }
+            log.write_all(&compressor.flush()?).await?;
+        }
+        Err(SessionError::Ended)
+    };
+    let flow = async {
         let mut beat = interval(HEARTBEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut seq, mut stored, mut told) = (0u64, Lsn::ZERO, Lsn::ZERO);
         loop {
             tokio::select! {
-                message = control.next() => {
-                    let message = message?.ok_or(SessionError::OutOfTurn)?;
-                    heard(message, capture, shared)?;
-                }
                 txn = txns.recv() => {
                     match txn.ok_or(SessionError::Ended)? {
                         ToLink::Txn(frames) => {
-                            for body in &frames {
-                                compressor.frame(body)?;
-                            }
-                            log.write_all(&compressor.flush()?).await?;
+                            let _ = to_log.send(frames); // Its reader ends only with the session.
                         }
                         ToLink::Gone(hash) => write_frame(&mut send, &ToStandby::Gone { hash }).await?,
                         ToLink::Stored(lsn) => stored = lsn,
@@ -204,6 +237,8 @@ async fn session(
         }
     };
     tokio::select! {
+        result = hear => result,
+        result = write => result,
         result = flow => result,
         result = bulk => result,
     }
