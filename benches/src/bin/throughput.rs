@@ -162,7 +162,7 @@ impl Agent {
 
     fn stop(mut self) -> anyhow::Result<()> {
         if let Some(pid) = Pid::from_raw(self.0.id() as i32) {
-            kill_process(pid, Signal::INT)?;
+            kill_process(pid, Signal::TERM)?;
         }
         until("the mirror's end", || Ok(self.0.try_wait()?.is_some()))
     }
