@@ -209,7 +209,12 @@ pub(super) struct Engine {
     writers_at: Instant,
     published_at: Instant,
     next_sweep: Option<Instant>,
+    /// Groups in which directories came, moved or went: compared once more when that has been over for a while.
+    rechecks: BTreeMap<Group, Instant>,
 }
+
+/// How long a group's directories must have been at rest before it is compared once more.
+const RECHECK_AFTER: Duration = Duration::from_secs(2);
 
 /// Files known to be open for writing are looked at this often, because a write under another name raises no event here.
 const WRITERS_EVERY: Duration = Duration::from_millis(500);
@@ -282,6 +287,7 @@ impl Engine {
             handle,
             writers_at: now,
             published_at: now,
+            rechecks: BTreeMap::new(),
             config,
         };
         if let Some(message) = damaged {
@@ -355,6 +361,17 @@ impl Engine {
             let open: Vec<RelPath> = self.writers.keys().cloned().collect();
             for path in open {
                 self.check_writer(&path)?;
+            }
+        }
+        // Defence in depth: watches follow directories through every race we know; a look at the mailbox afterwards costs its size, once, and
+        // heals what we do not know.
+        if self.session.is_some() && self.complete && self.scan.is_done() {
+            let due: Vec<Group> = self.rechecks.iter().filter(|(_, at)| **at <= now).map(|(group, _)| group.clone()).collect();
+            for group in due {
+                self.rechecks.remove(&group);
+                if let Ok(path) = RelPath::new(&group) {
+                    self.scan.push(path);
+                }
             }
         }
         if let (Some(at), Some(every)) = (self.next_sweep, self.config.sweep)
@@ -533,6 +550,10 @@ impl Engine {
         let Some(path) = dir.join(&event.name) else { return Ok(()) };
         let excluded = self.config.selection.excludes(path.as_bytes(), is_dir);
         let names = ReadFlags::CREATE | ReadFlags::DELETE | ReadFlags::MOVED_FROM | ReadFlags::MOVED_TO;
+        if is_dir && !excluded && event.mask.intersects(names) {
+            let group = self.group_of(&path, true);
+            self.rechecks.insert(group, Instant::now() + RECHECK_AFTER);
+        }
         if event.mask.intersects(names) {
             self.mark(&dir, false, false, true);
         }
