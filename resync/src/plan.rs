@@ -305,6 +305,9 @@ impl Planner<'_> {
         if same && same_ino {
             return Ok(true);
         }
+        if found.nlink == 1 {
+            self.is_of_its_time(path, found)?;
+        }
         if found.nlink > 1
             && let Some(leader) = self.leader(path, found)?
         {
@@ -336,6 +339,17 @@ impl Planner<'_> {
             }
         }
         Ok(false)
+    }
+
+    /// Refuses what was seen of an inode before it got another name that is committed already: the two would stand apart on the standby.
+    fn is_of_its_time(&self, path: &RelPath, found: &Found) -> Result<(), PlanError> {
+        for other in self.view.by_ino(found.local.ino)? {
+            let later = self.view.row(&other)?.and_then(|row| row.local).is_some_and(|local| local.ctime > found.local.ctime);
+            if other != *path && later && self.seen.get(&other) != Some(&Seen::Absent) {
+                return Err(PlanError::Rescan { path: path.clone(), why: "its inode was seen later under another name".into() });
+            }
+        }
+        Ok(())
     }
 
     /// Another name of the same inode whose row is already as it should be.

@@ -10,7 +10,7 @@ use twinbox_protocol::msg::Position;
 use twinbox_protocol::ops::{Content, Op};
 use twinbox_protocol::path::RelPath;
 
-use super::{Body, Found, Hint, Seen, plan};
+use super::{Body, Found, Hint, PlanError, Seen, plan};
 use crate::manifest::{Manifest, plain_dir};
 use crate::rows::{Local, Rows, perform};
 use crate::view::View;
@@ -345,4 +345,28 @@ fn a_file_below_a_directory_that_cannot_be_read_waits_for_it() {
     let ops = plan(&mut world.view, Lsn(1), &seen, &[])
         .expect("looked at again, it would be as unreadable as before: for ever, and nothing of its group would arrive");
     assert!(matches!(&ops[..], [Op::Put { path, .. }] if *path == p("b")), "{ops:?}");
+}
+
+#[test]
+fn a_name_seen_before_its_inode_got_another_that_is_committed_is_looked_at_again() {
+    let mut world = World::new();
+    world.tree.add(&p("a"), Some(vec![1; 600]));
+    let before = world.tree.seen(&p("a"), true);
+    let ino = world.tree.nodes[&p("a")];
+    world.tree.nodes.insert(p("b"), ino);
+    let at = |secs, seen| match seen {
+        Seen::Present(mut found) => {
+            found.local.ctime = Time { secs, nanos: 0 };
+            Seen::Present(found)
+        }
+        other => other,
+    };
+    plan(&mut world.view, Lsn(1), &[(p("b"), at(2, world.tree.seen(&p("b"), true)))].into(), &[]).unwrap();
+    let stale = plan(&mut world.view, Lsn(2), &[(p("a"), at(1, before.clone()))].into(), &[]);
+    assert!(matches!(stale, Err(PlanError::Rescan { .. })), "it would be an inode of its own on the standby: {stale:?}");
+    let ops = plan(&mut world.view, Lsn(2), &[(p("a"), at(2, world.tree.seen(&p("a"), true)))].into(), &[]).unwrap();
+    assert!(matches!(&ops[..], [Op::Link { .. }]), "{ops:?}");
+    // The other name is gone and its inode number another file's: nothing to wait for.
+    let gone = [(p("a"), at(1, before)), (p("b"), Seen::Absent)].into();
+    plan(&mut world.view, Lsn(3), &gone, &[]).unwrap();
 }

@@ -222,21 +222,27 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
     }
 
-    /// Names seen of an inode that has since been seen with a later ctime under another name.
+    /// Names seen of an inode that has since been seen with a later ctime under another name, which is in the unit `names`: what was seen of them is old, in whatever group they are.
+    ///
+    /// How many names the inode had when it was seen does not matter: one that came later raises no event under the first.
     #[must_use]
     pub fn stale_links(&self, names: &BTreeSet<Group>) -> Vec<RelPath> {
-        let linked = |(path, seen): (_, &Seen)| match seen {
-            Seen::Present(found) if found.nlink > 1 && !found.entry.is_dir() => Some((path, found.local)),
+        let file = |seen: &Seen| match seen {
+            Seen::Present(found) if !found.entry.is_dir() => Some((found.local, found.nlink)),
             _ => None,
         };
-        let all: Vec<(&RelPath, twinbox_resync::rows::Local)> =
-            names.iter().filter_map(|name| self.groups.get(name)).flat_map(|g| g.captured.iter().filter_map(linked)).collect();
         let mut last = BTreeMap::new();
-        for (_, local) in &all {
-            let ctime = last.entry(local.ino).or_insert(local.ctime);
-            *ctime = local.ctime.max(*ctime);
+        for seen in names.iter().filter_map(|name| self.groups.get(name)).flat_map(|g| g.captured.values()) {
+            if let Some((local, _)) = file(seen).filter(|(_, nlink)| *nlink > 1) {
+                let ctime = last.entry(local.ino).or_insert(local.ctime);
+                *ctime = local.ctime.max(*ctime);
+            }
         }
-        all.into_iter().filter(|(_, local)| last.get(&local.ino) != Some(&local.ctime)).map(|(path, _)| path.clone()).collect()
+        if last.is_empty() {
+            return vec![];
+        }
+        let old = |seen: &Seen| file(seen).is_some_and(|(local, _)| last.get(&local.ino).is_some_and(|ctime| local.ctime < *ctime));
+        self.groups.values().flat_map(|g| g.captured.iter()).filter(|(_, seen)| old(seen)).map(|(path, _)| path.clone()).collect()
     }
 
     /// What of a path was seen and is not committed.
