@@ -209,10 +209,12 @@ impl Planner<'_> {
         let inos: HashSet<u64> =
             self.seen.values().filter_map(|s| if let Seen::Present(f) = s { Some(f.local.ino) } else { None }).collect();
         for (Hint { from, to }, blind) in hints.iter().zip(blind) {
+            let row = self.view.row(from)?;
             // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
-            let needed = self.found(to).is_some_and(|f| f.entry.is_dir());
+            let unseen = !self.seen.contains_key(to) && row.as_ref().is_some_and(|row| row.entry.is_dir());
+            let needed = unseen || self.found(to).is_some_and(|f| f.entry.is_dir());
             let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };
-            let Some(row) = self.view.row(from)? else {
+            let Some(row) = row else {
                 skipped("moved here from a name that is not known")?;
                 continue;
             };

@@ -96,10 +96,10 @@ impl Engine {
     }
 
     fn is_cut(&mut self, unit: &BTreeSet<Group>) -> bool {
-        let whole = match self.complete || self.scan.is_done() {
-            true => self.scan.is_done() && unit.iter().all(|name| self.sets.is_round_whole(name)),
-            false => true,
-        };
+        // A first sync ships what it has seen, but not half a rename: what is below a directory was compared with the rows of its old name.
+        let partial = !self.complete && !self.scan.is_done() && !self.sets.has_renames(unit);
+        let compared = !self.complete || self.scan.is_done();
+        let whole = partial || compared && unit.iter().all(|name| self.sets.is_round_whole(name));
         // Names of one inode seen at different times: an event under one of them says nothing of the others, and the manifest may not know them yet.
         let stale = if whole { self.sets.stale_links(unit) } else { vec![] };
         stale.iter().for_each(|path| self.mark(path, true, true, false));
@@ -170,7 +170,7 @@ impl Engine {
                     self.other_names(name, &path, found, row.as_ref())?;
                     if matches!(found.body, Body::Bytes(_) | Body::Recipe(_))
                         && self.sets.group(name).bytes > GROUP_BYTES
-                        && (self.complete || self.scan.is_done())
+                        && (self.complete || self.scan.is_done() || self.sets.group(name).frozen > 0)
                     {
                         return self.send_ahead(name, path, row.as_ref()).map(|()| 0);
                     }

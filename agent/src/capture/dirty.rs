@@ -100,6 +100,12 @@ impl DirtySets {
         self.groups.get(name).is_none_or(|g| !g.spoiled && g.staging.is_empty() && g.dirty.values().all(|mark| mark.round >= self.round))
     }
 
+    /// Whether a cut of these groups now would take renames along.
+    #[must_use]
+    pub fn has_renames(&self, names: &BTreeSet<Group>) -> bool {
+        names.iter().filter_map(|name| self.groups.get(name)).any(|g| g.frozen > 0)
+    }
+
     /// Whether a group has nothing to do.
     #[must_use]
     pub fn group_is_clean(&self, name: &[u8]) -> bool {

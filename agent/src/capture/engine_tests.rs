@@ -433,3 +433,27 @@ fn a_message_seen_before_it_was_copied_to_another_folder_shares_its_inode_with_t
         rig.check();
     }
 }
+
+#[test]
+fn a_folder_renamed_during_the_first_sync_keeps_what_is_in_it() {
+    let mut rig = Rig::new();
+    for n in 0..900 {
+        fs::create_dir_all(rig.root.join(format!("u/z/{n}/cur"))).unwrap();
+    }
+    rig.engine.boundary().unwrap();
+    rig.engine.scan.clear(); // As if all that had been there before the agent.
+    rig.connect();
+    rig.until("the comparison is among the small folders", |r| r.has("u/z"));
+    fs::create_dir(rig.root.join("u/d")).unwrap();
+    fs::write(rig.root.join("u/d/x"), b"mail").unwrap();
+    rig.until("the folder is there", |r| r.has("u/d/x"));
+    // More than one round looks at, before the folder's own names.
+    for n in 0..600 {
+        fs::write(rig.root.join(format!("u/0{n}")), b"").unwrap();
+    }
+    fs::rename(rig.root.join("u/d"), rig.root.join("u/e")).unwrap();
+    rig.turn();
+    assert!(!rig.engine.scan.is_done(), "the case is that the first comparison goes on");
+    rig.settle();
+    rig.check();
+}

@@ -141,7 +141,7 @@ impl Engine {
             self.scan.looked_at = 0;
             return Ok(false);
         }
-        if !self.complete && (self.session.is_none() || self.sets.dirty_count() >= 2 * PIECE) {
+        if !self.complete && (self.session.is_none() || self.sets.pending() >= 2 * PIECE) {
             return Ok(false); // First sync: as fast as it is shipped, so that memory stays bounded.
         }
         let mut left = PIECE;
