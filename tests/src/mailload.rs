@@ -188,11 +188,15 @@ pub fn sized_message(rng: &mut Rng, n: usize, size: usize) -> Vec<u8> {
 fn session(server: &Dovecot, users: &[String], mut rng: Rng, quota: usize, coming: &AtomicBool) -> io::Result<Done> {
     let mut done = Done::default();
     let mut operations = 0;
-    while operations < quota || coming.load(Ordering::SeqCst) {
+    'logins: while operations < quota || coming.load(Ordering::SeqCst) {
         let user = rng.pick(users);
         let mut imap = Imap::login(server.imap(), user)?;
         for _ in 0..10 + rng.below(20) {
-            step(&mut imap, &mut rng, &mut done)?;
+            match step(&mut imap, &mut rng, &mut done) {
+                // The server's process ended (`Dovecot::complaints` says whether it may): a mail client logs in again.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue 'logins,
+                result => result?,
+            }
             operations += 1;
         }
         imap.logout();
