@@ -16,7 +16,7 @@ use twinbox_resync::rows::{Row, Rows};
 
 use super::bulk::Job;
 use super::dirty::{Group, Mark, Pending};
-use super::engine::{CaptureError, Engine, Waiter};
+use super::engine::{CaptureError, Engine};
 use super::look::{Known, Look, look};
 use super::messages::ToLink;
 
@@ -70,6 +70,10 @@ impl Engine {
                 continue;
             }
             let unit = self.sets.closure(&name);
+            if self.sets.is_held(&unit) {
+                taken.extend(unit);
+                continue;
+            }
             for name in &unit {
                 self.sets.freeze(name);
                 self.look_at_group(name, boundary, &mut files, &mut bytes, &mut parents)?;
@@ -96,6 +100,9 @@ impl Engine {
     }
 
     fn is_cut(&mut self, unit: &BTreeSet<Group>) -> bool {
+        if self.sets.is_held(unit) {
+            return false; // Joined since.
+        }
         // A first sync ships what it has seen, but not half a rename: what is below a directory was compared with the rows of its old name.
         let partial = !self.complete && !self.scan.is_done() && !self.sets.has_renames(unit);
         let compared = !self.complete || self.scan.is_done();
@@ -247,6 +254,7 @@ impl Engine {
     fn commit(&mut self, unit: &BTreeSet<Group>) -> Result<bool, CaptureError> {
         let (mut seen, hints, since) = self.sets.commit(unit);
         if seen.is_empty() && hints.is_empty() {
+            self.sets.note_cut(unit);
             return Ok(false);
         }
         self.reserve()?;
@@ -279,8 +287,9 @@ impl Engine {
                 Seen::Absent => {}
             }
         }
-        let lasts = self.last_groups.iter_mut().map(|(groups, _)| groups);
-        for groups in self.waiters.iter_mut().filter_map(|w| w.groups.as_mut()).chain(lasts) {
+        self.sets.note_cut(unit);
+        self.holds_cut(unit);
+        if let Some((groups, _)) = &mut self.last_groups {
             groups.retain(|name| !unit.contains(name));
         }
         if ops.is_empty() {
@@ -363,39 +372,6 @@ impl Engine {
             self.view.handle_durable(done.position)?;
             if let Some(session) = &self.session {
                 let _ = session.out.send(ToLink::Stored(done.position.lsn));
-            }
-        }
-        Ok(())
-    }
-
-    /// A caller wants to know when all that has changed by now has arrived.
-    pub(super) fn wait_for_sync(&mut self, reply: tokio::sync::oneshot::Sender<()>) {
-        self.waiters.push(Waiter { groups: None, at: None, reply });
-    }
-
-    pub(super) fn answer_waiters(&mut self) -> Result<(), CaptureError> {
-        let settled = |e: &Self| e.complete && e.session.is_some() && e.scan.is_done() && !e.compare && !e.collapsed;
-        if self.waiters.is_empty() || !settled(self) {
-            return Ok(());
-        }
-        if self.waiters.iter().any(|w| w.groups.is_none()) {
-            self.boundary()?;
-            if !settled(self) {
-                return Ok(());
-            }
-            let groups: BTreeSet<Group> = self.sets.groups().map(|(name, _)| name.clone()).collect();
-            self.waiters.iter_mut().filter(|w| w.groups.is_none()).for_each(|w| w.groups = Some(groups.clone()));
-        }
-        let last = self.outbox.last().lsn;
-        for mut waiter in std::mem::take(&mut self.waiters) {
-            let arrived = waiter.groups.as_ref().is_some_and(|groups| groups.iter().all(|name| self.sets.group_is_clean(name)));
-            if waiter.at.is_none() && arrived {
-                waiter.at = Some(last);
-            }
-            if waiter.at.is_some_and(|at| at <= self.applied) {
-                let _ = waiter.reply.send(()); // The caller may have given up.
-            } else {
-                self.waiters.push(waiter);
             }
         }
         Ok(())

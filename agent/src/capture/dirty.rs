@@ -56,9 +56,16 @@ pub struct GroupState {
     pub since: Option<Instant>,
     /// Bytes held in `captured`.
     pub bytes: usize,
+    /// Last round that was committed.
+    pub cut: u64,
 }
 
 impl GroupState {
+    /// See [`DirtySets::has_cut_all`].
+    fn has_cut(&self, round: u64) -> bool {
+        self.cut > round || self.is_clean()
+    }
+
     /// Nothing to do.
     #[must_use]
     pub fn is_clean(&self) -> bool {
@@ -86,6 +93,7 @@ pub struct DirtySets {
     count: usize,
     round: u64,
     renames: u64,
+    held: BTreeSet<Group>,
 }
 
 impl DirtySets {
@@ -112,21 +120,86 @@ impl DirtySets {
         self.groups.get(name).is_none_or(GroupState::is_clean)
     }
 
+    /// Number of the last round begun.
+    #[must_use]
+    pub fn round(&self) -> u64 {
+        self.round
+    }
+
+    /// A cut of these groups was committed in this round.
+    pub fn note_cut(&mut self, names: &BTreeSet<Group>) {
+        for name in names {
+            if let Some(state) = self.groups.get_mut(name) {
+                state.cut = self.round;
+            }
+        }
+    }
+
+    /// Whether everything that was dirty when `round` was the last one begun has been committed since.
+    #[must_use]
+    pub fn has_cut_all(&self, round: u64) -> bool {
+        self.groups.values().all(|g| g.has_cut(round))
+    }
+
+    /// The same, of the groups that a path touches: those it lies in, and those that lie below it.
+    #[must_use]
+    pub fn has_cut(&self, path: &RelPath, round: u64) -> bool {
+        self.touched(path).all(|g| g.has_cut(round))
+    }
+
+    fn touched(&self, path: &RelPath) -> impl Iterator<Item = &GroupState> {
+        let above = std::iter::successors(Some(path.clone()), RelPath::parent).filter_map(|at| self.groups.get(at.as_bytes()));
+        let bounds = path.below();
+        let (low, high) = match &bounds {
+            Some((low, high)) => (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice())),
+            None => (Bound::Excluded(&b""[..]), Bound::Unbounded), // The root, which is its own group, is above.
+        };
+        above.chain(self.groups.range::<[u8], _>((low, high)).map(|(_, state)| state).collect::<Vec<_>>())
+    }
+
+    /// A directory's own times wait for nothing below these paths (none: anywhere): somebody waits for them.
+    pub fn hasten(&mut self, paths: &[RelPath]) {
+        let concerns = |path: &RelPath| paths.is_empty() || paths.iter().any(|p| path.is_within(p) || p.is_within(path));
+        for (path, mark) in self.groups.values_mut().flat_map(|g| g.dirty.iter_mut()) {
+            if mark.quiet && concerns(path) {
+                mark.not_before = None;
+            }
+        }
+    }
+
+    /// These groups, and no others, are not cut until they are let go.
+    pub fn hold(&mut self, groups: BTreeSet<Group>) {
+        self.held = groups;
+    }
+
+    /// Whether one of them must not be cut now.
+    #[must_use]
+    pub fn is_held(&self, unit: &BTreeSet<Group>) -> bool {
+        !self.held.is_empty() && unit.iter().any(|name| self.held.contains(name))
+    }
+
+    /// Whether a group, or one cut together with it, must not be cut now.
+    fn rests(&self, name: &Group) -> bool {
+        !self.held.is_empty() && self.is_held(&self.closure(name))
+    }
+
     /// Whether a round would find something to look at or to commit.
     #[must_use]
     pub fn has_work(&self, now: Instant) -> bool {
         // A group cut together with one that waits (for its time, or for the standby to stage an object) waits too: a round would commit nothing, again and again.
         let waits = |name: &Group| self.groups.get(name).is_some_and(|g| !g.dirty.is_empty() || !g.staging.is_empty());
         self.groups.iter().any(|(name, g)| {
-            g.dirty.values().any(|m| m.not_before.is_none_or(|at| at <= now))
-                || (!g.captured.is_empty() && !waits(name) && !self.closure(name).iter().any(waits))
+            (g.dirty.values().any(|m| m.not_before.is_none_or(|at| at <= now))
+                || (!g.captured.is_empty() && !waits(name) && !self.closure(name).iter().any(waits)))
+                && !self.rests(name)
         })
     }
 
     /// When the next path wants to be looked at.
     #[must_use]
     pub fn next_look(&self, now: Instant) -> Option<Instant> {
-        self.groups.values().flat_map(|g| g.dirty.values()).map(|m| m.not_before.unwrap_or(now)).min()
+        let groups = self.groups.iter().filter(|(name, _)| !self.rests(name));
+        groups.flat_map(|(_, g)| g.dirty.values()).map(|m| m.not_before.unwrap_or(now)).min()
     }
 
     /// Groups with something to do.
@@ -449,9 +522,10 @@ impl DirtySets {
         (seen, hints.into_iter().map(|(_, hint)| hint).collect(), since)
     }
 
-    /// Forgets everything (it will be found again by comparing).
+    /// Forgets everything (it will be found again by comparing). Rounds and holds go on.
     pub fn clear(&mut self) {
-        *self = DirtySets::default();
+        let held = std::mem::take(&mut self.held);
+        *self = DirtySets { round: self.round, renames: self.renames, held, ..DirtySets::default() };
     }
 
     /// Forgets every rename seen: gives the new names, which must be compared anew with all that is below them.

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::inotify::ReadFlags;
+#[cfg(test)]
 use tokio::sync::oneshot;
 use twinbox_protocol::ids::{ContentHash, Incarnation, Lsn};
 use twinbox_protocol::outbox::Outbox;
@@ -27,6 +28,7 @@ use twinbox_resync::view::View;
 
 use super::bulk::{self, Job};
 use super::dirty::{DirtySets, Group, Pending};
+use super::fence::{Holds, Waiter};
 use super::messages::{CaptureHandle, CaptureStatus, Command};
 use super::recent::RecentChunks;
 use super::scan::Scan;
@@ -149,14 +151,6 @@ pub(super) struct HalfRename {
     pub(super) wd: Option<i32>,
 }
 
-/// A caller of `Sync`.
-pub(super) struct Waiter {
-    /// Groups that must still commit; `None` until the store has been compared, because what that finds was there before the call.
-    pub(super) groups: Option<BTreeSet<Group>>,
-    pub(super) at: Option<Lsn>,
-    pub(super) reply: oneshot::Sender<()>,
-}
-
 /// An observation whose content is on its way: it counts when the standby has staged it.
 pub(super) struct Awaiting {
     pub(super) id: u64,
@@ -194,6 +188,7 @@ pub(super) struct Engine {
     /// Bulk jobs that answer a miss: job ▶ content asked for.
     pub(super) misses: HashMap<u64, ContentHash>,
     pub(super) waiters: Vec<Waiter>,
+    pub(super) holds: Holds,
     pub(super) flights: VecDeque<(Lsn, Instant, Instant)>,
     pub(super) latencies: VecDeque<u32>,
     /// The first sync's last groups: those with something left when its comparison ended; then the LSN that carries the last of it.
@@ -274,6 +269,7 @@ impl Engine {
             staged_early: BTreeSet::new(),
             misses: HashMap::new(),
             waiters: vec![],
+            holds: Holds::default(),
             flights: VecDeque::new(),
             latencies: VecDeque::new(),
             last_groups: None,
@@ -304,6 +300,7 @@ impl Engine {
             }
             self.take_events()?;
             let scanned = self.scan_some()?;
+            self.note_listed();
             self.timers()?;
             let cut = self.round()?;
             self.finish_first_sync()?;
@@ -335,6 +332,7 @@ impl Engine {
         if self.can_cut() {
             until = self.sets.next_look(now).map_or(until, |at| at.min(until));
         }
+        until = self.next_expiry().map_or(until, |at| at.min(until));
         let left = until.saturating_duration_since(now);
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
         let watch = self.watch.fd();
@@ -350,6 +348,7 @@ impl Engine {
 
     fn timers(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
+        self.expire_holds();
         let due: Vec<RelPath> = self.unreadable.iter().filter(|(_, (_, at))| *at <= now).map(|(path, _)| path.clone()).collect();
         for path in due {
             self.unreadable.insert(path.clone(), (String::new(), now + UNREADABLE_EVERY));
@@ -505,6 +504,7 @@ impl Engine {
         self.sets.clear();
         self.larges.clear();
         self.scan.clear();
+        self.restart_waiters();
         if self.session.is_some() {
             // Too much for one cut: go on as in a first sync, in batches, and say so.
             self.complete = false;
@@ -721,3 +721,7 @@ mod tests {
 #[cfg(test)]
 #[path = "engine_tests.rs"]
 mod turns;
+
+#[cfg(test)]
+#[path = "fence_tests.rs"]
+mod fences;

@@ -10,7 +10,7 @@ use twinbox_protocol::codec::decode_log;
 use twinbox_protocol::digest::DigestKey;
 use twinbox_protocol::entry::{Kind, Time};
 use twinbox_protocol::ids::{Epoch, Generation, MirrorId};
-use twinbox_protocol::msg::{BulkItem, Replica, Welcome};
+use twinbox_protocol::msg::{BulkItem, Position, Replica, Welcome};
 use twinbox_protocol::ops::Op;
 use twinbox_resync::node::Role;
 use twinbox_resync::rows::{Local, Rows, perform};
@@ -20,27 +20,27 @@ use super::super::messages::{BulkMessage, Step, ToLink};
 use super::*;
 use crate::layout::Layout;
 
-struct Rig {
-    dir: tempfile::TempDir,
-    root: PathBuf,
-    engine: Engine,
+pub(super) struct Rig {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) root: PathBuf,
+    pub(super) engine: Engine,
     out: Option<mpsc::UnboundedReceiver<ToLink>>,
     bulk: Option<mpsc::Receiver<BulkMessage>>,
     replica: Manifest,
     session: u64,
     /// Acknowledge txns but for the newest `unacked`.
-    unacked: usize,
+    pub(super) unacked: usize,
     sent: VecDeque<Lsn>,
     /// Take bulk objects; say that they are staged.
     take: bool,
-    stage: bool,
+    pub(super) stage: bool,
     ended: Vec<ContentHash>,
     objects: BTreeSet<u64>,
     /// Inodes the standby made.
     inodes: u64,
 }
 
-fn p(text: &str) -> RelPath {
+pub(super) fn p(text: &str) -> RelPath {
     RelPath::new(text.as_bytes()).unwrap()
 }
 
@@ -101,7 +101,7 @@ impl Rig {
         }
     }
 
-    fn connect(&mut self) {
+    pub(super) fn connect(&mut self) {
         let (reply, mut answer) = oneshot::channel();
         self.engine.command(Command::Hello(reply)).unwrap();
         let hello = answer.try_recv().unwrap();
@@ -132,12 +132,25 @@ impl Rig {
         self.engine.command(Command::Up { id: self.session, out, bulk, peer: "b".into() }).unwrap();
     }
 
-    fn disconnect(&mut self) {
+    pub(super) fn disconnect(&mut self) {
         (self.out, self.bulk) = (None, None);
         self.engine.command(Command::Down(self.session)).unwrap();
     }
 
-    fn turn(&mut self) {
+    /// The standby keeps what it has by now,
+    pub(super) fn keep(&mut self) {
+        self.replica.commit(Position::START).unwrap();
+        self.replica.begin().unwrap();
+    }
+
+    /// and goes back to it.
+    pub(super) fn forget(&mut self) {
+        self.sent.clear();
+        self.replica.roll_back().unwrap();
+        self.replica.begin().unwrap();
+    }
+
+    pub(super) fn turn(&mut self) {
         let engine = &mut self.engine;
         assert!(engine.commands().unwrap());
         engine.take_events().unwrap();
@@ -183,7 +196,7 @@ impl Rig {
         }
     }
 
-    fn until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+    pub(super) fn until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
         let end = Instant::now() + Duration::from_secs(5);
         while !done(self) {
             assert!(Instant::now() < end, "never: {what}");
@@ -191,7 +204,7 @@ impl Rig {
         }
     }
 
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         // An event may still be in the queue when nothing is dirty: a boundary says.
         for _ in 0..2 {
             self.engine.boundary().unwrap();
@@ -202,11 +215,11 @@ impl Rig {
         }
     }
 
-    fn has(&self, path: &str) -> bool {
+    pub(super) fn has(&self, path: &str) -> bool {
         self.replica.row(&p(path)).unwrap().is_some()
     }
 
-    fn check(&self) {
+    pub(super) fn check(&self) {
         let rows: Vec<_> = self.replica.below(&RelPath::root()).unwrap();
         let mut disk = BTreeSet::new();
         walk(&self.root, &RelPath::root(), &mut disk);
@@ -240,11 +253,11 @@ fn walk(at: &Path, path: &RelPath, out: &mut BTreeSet<RelPath>) {
 
 const BIG: usize = 9 << 20;
 
-fn big() -> Vec<u8> {
+pub(super) fn big() -> Vec<u8> {
     (0..BIG as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect()
 }
 
-fn started(dirs: &[&str]) -> Rig {
+pub(super) fn started(dirs: &[&str]) -> Rig {
     let mut rig = Rig::new();
     for dir in dirs {
         fs::create_dir_all(rig.root.join(dir)).unwrap();
@@ -358,7 +371,7 @@ fn who_waits_for_a_sync_does_not_take_a_lost_txn_for_arrived() {
     rig.until("waits for a txn", |r| r.engine.waiters.iter().any(|w| w.at.is_some()));
     rig.disconnect();
     assert!(
-        rig.engine.waiters.iter().all(|w| w.at.is_none() && w.groups.is_none()),
+        rig.engine.waiters.iter().all(|w| w.at.is_none() && w.round.is_none()),
         "that txn is dropped, and its number passed by others"
     );
 }

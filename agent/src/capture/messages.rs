@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 use twinbox_protocol::digest::Digest;
@@ -17,6 +17,7 @@ use twinbox_protocol::msg::{BulkItem, Hello, Position, Welcome};
 use twinbox_protocol::path::RelPath;
 
 use super::bulk::BulkResult;
+use super::fence::{Begun, FenceRequest, NoTxn};
 
 /// What the link does next, after the capture compared memories.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -90,6 +91,26 @@ pub enum Command {
     Bulk(Box<BulkResult>),
     /// Answer when everything that is dirty now is applied on the standby.
     Sync(oneshot::Sender<()>),
+    /// Answer when everything that has changed by now, below some paths, is safe.
+    Fence(FenceRequest),
+    /// Keep a group from being cut.
+    TxnBegin {
+        /// Any path of the group.
+        path: RelPath,
+        /// For this long at most.
+        time: Duration,
+        /// Its number.
+        reply: Begun,
+    },
+    /// Let the group be cut again. The answer: a path that a fence of the group may name.
+    TxnEnd {
+        /// Number; `None`: the only one of the group.
+        id: Option<u64>,
+        /// Any path of the group.
+        path: Option<RelPath>,
+        /// The group.
+        reply: oneshot::Sender<Result<RelPath, NoTxn>>,
+    },
     /// Other exclusions.
     Reselect(Box<(crate::layout::Selection, crate::layout::Grouping)>),
     /// End. Sends nothing more.

@@ -1,12 +1,13 @@
 //! The primary's side of a mirror: sees changes, takes cuts, hands transactions to the link.
 //!
 //! One thread owns everything here (`engine`); `watch` is the kernel's queue and the directory tree, `dirty` what may differ, `look` one stable look at one path,
-//! `scan` compares listings with the manifest, `cut` takes rounds and commits, `session` follows the standby, `bulk` reads large files on a thread of its own.
+//! `scan` compares listings with the manifest, `cut` takes rounds and commits, `session` follows the standby, `fence` answers those who wait, `bulk` reads large files on a thread of its own.
 
 pub mod bulk;
 mod cut;
 pub mod dirty;
 pub mod engine;
+pub mod fence;
 pub mod look;
 pub mod messages;
 pub mod recent;
@@ -14,6 +15,7 @@ mod scan;
 mod session;
 pub mod watch;
 
+pub use fence::{FenceRequest, NoTxn, NotFenced, Until};
 pub use engine::{Capture, CaptureConfig, CaptureError};
 pub use messages::{CaptureHandle, CaptureStatus, Command, Step, ToLink};
 

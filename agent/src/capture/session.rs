@@ -86,6 +86,11 @@ impl Engine {
             Command::Miss(hash) => self.miss(hash)?,
             Command::Bulk(result) => self.bulk_done(*result),
             Command::Sync(reply) => self.wait_for_sync(reply),
+            Command::Fence(request) => self.fence(request),
+            Command::TxnBegin { path, time, reply } => self.begin_txn(path, time, reply),
+            Command::TxnEnd { id, path, reply } => {
+                let _ = reply.send(self.end_txn(id, path.as_ref()));
+            }
             Command::Reselect(choice) => {
                 (self.config.selection, self.config.grouping) = *choice;
                 // Other groups: what was seen under the old ones would be committed past the events of the new.
@@ -94,7 +99,7 @@ impl Engine {
                 self.sets.clear();
                 self.larges.clear();
                 paths.iter().for_each(|path| self.mark(path, true, true, false));
-                self.waiters.iter_mut().for_each(|waiter| (waiter.groups, waiter.at) = (None, None));
+                self.restart_waiters();
                 self.scan.push(RelPath::root());
             }
             Command::Heard => self.heard(),
@@ -279,10 +284,8 @@ impl Engine {
         let Some(session) = self.session.take_if(|session| id.is_none_or(|id| session.id == id)) else { return };
         tracing::warn!(mirror = %self.config.name, session = session.id, "standby lost: unprotected until it is back");
         self.last_groups = None;
-        for waiter in &mut self.waiters {
-            // The txn waited for may never arrive, and its number be passed by others: what is dirty then is waited for instead.
-            (waiter.groups, waiter.at) = (None, None);
-        }
+        // The txn waited for may never arrive, and its number be passed by others: what is dirty then is waited for instead.
+        self.restart_waiters();
         self.awaiting.clear();
         self.staged_early.clear();
         self.misses.clear();
