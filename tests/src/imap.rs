@@ -86,7 +86,12 @@ impl Imap {
 
     /// Opens a mailbox for reading and writing.
     pub fn select(&mut self, mailbox: &str) -> io::Result<Selected> {
-        let lines = self.must(&format!("SELECT {}", quoted(mailbox)))?;
+        let command = format!("SELECT {}", quoted(mailbox));
+        let lines = match self.must(&command) {
+            // An INBOX that a delivery makes at the same moment: a client tries again.
+            Err(error) if error.to_string().contains("[ALREADYEXISTS]") => self.must(&command)?,
+            result => result?,
+        };
         let mut found = Selected::default();
         for line in &lines {
             let words: Vec<&str> = line.text.split_whitespace().collect();
