@@ -10,6 +10,7 @@
 
 mod client;
 mod lock;
+pub mod request;
 mod server;
 
 use std::io;
@@ -20,6 +21,7 @@ use serde_json::Value;
 
 pub use client::{request, status};
 pub use lock::StateLock;
+pub use request::{Fence, Request};
 pub use server::AdminServer;
 
 use crate::exit::ExitCode;
@@ -27,57 +29,16 @@ use crate::exit::ExitCode;
 /// Name of the socket in the state directory.
 pub const SOCKET: &str = "admin.sock";
 
-/// Longest request line, with its newline: requests are a word and a few arguments.
-pub const REQUEST_BYTES_MAX: usize = 4096;
+/// Longest request line, with its newline: some paths of the greatest length, percent-encoded.
+pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
 /// Longest answer a client accepts: a status of [`crate::config::TABLES_MAX`] mirrors has some hundred KiB.
 pub const RESPONSE_BYTES_MAX: usize = 16 << 20;
-/// Clients served at once; further ones wait in the kernel's queue.
-pub const CLIENTS_MAX: usize = 16;
-/// How long a client may take to send a request, or to take its answer.
+/// Clients served at once; further ones wait in the kernel's queue. Each delivery of a busy server may wait for a fence of its own, at some KiB each.
+pub const CLIENTS_MAX: usize = 4096;
+/// How long a client may take to send the rest of a request, or to take its answer.
 pub const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What can be asked of an agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Request {
-    /// Are you there? Answers `{}`.
-    Ping,
-    /// How are you? Answers a [`crate::status::Status`].
-    Status,
-    /// Read the configuration again.
-    Reload,
-    /// Drain and stop.
-    Stop,
-}
-
-impl Request {
-    const ALL: [Request; 4] = [Request::Ping, Request::Status, Request::Reload, Request::Stop];
-
-    /// The request line, without newline.
-    #[must_use]
-    pub fn as_line(self) -> &'static str {
-        match self {
-            Request::Ping => "PING",
-            Request::Status => "STATUS",
-            Request::Reload => "RELOAD",
-            Request::Stop => "STOP",
-        }
-    }
-
-    /// Reads a request line without its newline. The error is the answer to send.
-    pub fn parse(line: &[u8]) -> Result<Self, Response> {
-        let mut words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
-        let command = words.next().unwrap_or_default();
-        let request = Self::ALL.into_iter().find(|request| request.as_line().as_bytes() == command).ok_or_else(|| {
-            let shown: String = String::from_utf8_lossy(command).chars().take(40).flat_map(char::escape_default).collect();
-            Response::error("unknown-command", format!("`{shown}`; this agent knows PING, STATUS, RELOAD, STOP"))
-        })?;
-        match words.next() {
-            None => Ok(request),
-            Some(_) => Err(Response::error("bad-arguments", format!("{} takes none", request.as_line()))),
-        }
-    }
-}
+/// How long a client may stay connected without a request: a mail server keeps its connection.
+pub const CLIENT_IDLE: Duration = Duration::from_secs(600);
 
 /// What an agent answers.
 #[derive(Debug, Clone, PartialEq)]

@@ -46,7 +46,10 @@ fn lines() {
     assert_eq!(Request::parse(b"STATUS"), Ok(Request::Status));
     assert_eq!(Request::parse(b" PING \r"), Ok(Request::Ping));
     let refused = |line: &[u8]| Request::parse(line).expect_err("no request").to_line();
-    assert_eq!(refused(b"fence \x1b"), "ERR unknown-command `fence`; this agent knows PING, STATUS, RELOAD, STOP\n");
+    assert_eq!(
+        refused(b"fence \x1b"),
+        "ERR unknown-command `fence`; this agent knows PING, STATUS, RELOAD, STOP, FENCE, TXN BEGIN, TXN COMMIT\n"
+    );
     assert_eq!(refused(b"STOP now"), "ERR bad-arguments STOP takes none\n");
     for response in [Response::done(), Response::error("a", "b c"), Response::Ok(json!("x\ny"))] {
         let line = response.to_line();

@@ -65,6 +65,12 @@ pub enum Command {
     /// How well is the mail protected?
     #[command(after_long_help = help::status())]
     Status(StatusArgs),
+    /// Wait until everything that has changed by now is on two machines
+    #[command(after_long_help = help::fence())]
+    Fence(FenceArgs),
+    /// Declare a transaction: changes of one group that arrive whole or not at all
+    #[command(after_long_help = help::txn())]
+    Txn(TxnArgs),
     /// Compare two trees on this machine: names, content, all metadata
     #[command(after_long_help = help::compare())]
     Compare(Compare),
@@ -228,6 +234,85 @@ pub struct StatusArgs {
     /// Go on, once a second, until Ctrl-C
     #[arg(short, long)]
     pub watch: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let time = crate::duration::parse_duration(text).map_err(|error| error.to_string())?;
+    if time > crate::admin::request::TIMEOUT_MAX { Err("at most 1h".into()) } else { Ok(time) }
+}
+
+/// `twinbox fence`
+#[derive(Debug, Args)]
+pub struct FenceArgs {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Only this mirror
+    #[arg(short, long, value_name = "MIRROR")]
+    pub mirror: Option<MirrorName>,
+    /// How long to wait, as in 500ms, 10s or 1m
+    #[arg(short, long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub timeout: Duration,
+    /// Without a standby, wait for one too instead of failing at once
+    #[arg(short, long)]
+    pub wait: bool,
+    /// Print the answer as one JSON object: {"lsn": {MIRROR: NUMBER}}
+    #[arg(long)]
+    pub json: bool,
+    /// Only what lies below these paths of the store [default: everything this node is primary of]
+    pub paths: Vec<PathBuf>,
+}
+
+/// `twinbox txn`
+#[derive(Debug, Args)]
+pub struct TxnArgs {
+    /// Which half.
+    #[command(subcommand)]
+    pub command: TxnCommand,
+}
+
+/// Halves of a declared transaction.
+#[derive(Debug, Subcommand)]
+pub enum TxnCommand {
+    /// From now on nothing of the group is sent; prints the transaction's number
+    Begin(TxnBegin),
+    /// What has changed since is sent as one transaction; waits until it is on two machines
+    Commit(TxnCommit),
+}
+
+/// `twinbox txn begin`
+#[derive(Debug, Args)]
+pub struct TxnBegin {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// After this time the transaction is over, committed or not, and what has changed is sent as it is
+    #[arg(short, long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub timeout: Duration,
+    /// The group: the directory of a mail user, or any path in it
+    pub group: PathBuf,
+}
+
+/// `twinbox txn commit`
+#[derive(Debug, Args)]
+pub struct TxnCommit {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Which transaction of the group, by the number that `begin` printed; needed when several are open
+    #[arg(long, value_name = "NUMBER")]
+    pub txn: Option<u64>,
+    /// How long to wait until it is on two machines
+    #[arg(short, long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub timeout: Duration,
+    /// Without a standby, wait for one too instead of failing at once
+    #[arg(short, long)]
+    pub wait: bool,
+    /// Do not wait at all
+    #[arg(long, conflicts_with = "wait")]
+    pub no_wait: bool,
+    /// The group: the path given to `begin`
+    pub group: PathBuf,
 }
 
 /// `twinbox compare`

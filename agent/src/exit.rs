@@ -36,13 +36,17 @@ pub enum ExitCode {
     Watches = 11,
     /// Permission denied.
     Permission = 12,
+    /// A fence had to wait longer than allowed.
+    NotInTime = 13,
+    /// A fence was asked for while no standby follows.
+    Unprotected = 14,
     /// Stopped by Ctrl-C before the job was done.
     Interrupted = 130,
 }
 
 impl ExitCode {
     /// Every code, ascending.
-    pub const ALL: [ExitCode; 14] = [
+    pub const ALL: [ExitCode; 16] = [
         ExitCode::Ok,
         ExitCode::Failure,
         ExitCode::Usage,
@@ -56,6 +60,8 @@ impl ExitCode {
         ExitCode::Io,
         ExitCode::Watches,
         ExitCode::Permission,
+        ExitCode::NotInTime,
+        ExitCode::Unprotected,
         ExitCode::Interrupted,
     ];
 
@@ -82,6 +88,8 @@ impl ExitCode {
             ExitCode::Io => "disk full or an I/O error; nothing acknowledged is lost",
             ExitCode::Watches => "limit on inotify watches reached; the message names the sysctl and the number needed",
             ExitCode::Permission => "permission denied",
+            ExitCode::NotInTime => "the fence was not through in time; the changes still travel",
+            ExitCode::Unprotected => "no standby follows: what changes now exists once",
             ExitCode::Interrupted => "interrupted by Ctrl-C before the job was done",
         }
     }
@@ -121,7 +129,7 @@ mod tests {
     #[test]
     fn the_numbers_are_an_interface() {
         let numbers: Vec<u8> = ExitCode::ALL.map(ExitCode::code).to_vec();
-        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 130]);
+        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 130]);
         let table = ExitCode::table();
         assert_eq!(table.lines().count(), 1 + ExitCode::ALL.len());
         assert!(table.contains("  9  the two sides differ"), "{table}");

@@ -9,6 +9,7 @@ pub mod config;
 pub mod duration;
 pub mod exit;
 pub mod failure;
+pub mod fences;
 pub mod glob;
 pub mod layout;
 pub mod link;

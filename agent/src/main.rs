@@ -46,6 +46,8 @@ async fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Run(args) => cmd::run::run(&args).await,
         Command::Reload(args) => cmd::status::reload(&args, quiet).await,
         Command::Status(args) => cmd::status::run(&args).await,
+        Command::Fence(args) => cmd::fence::run(&args, quiet).await,
+        Command::Txn(args) => cmd::fence::txn(&args, quiet).await,
         Command::Compare(args) => cmd::compare::run(&args),
         _ => Err(Failure::new(ExitCode::Usage, "this command is not there yet")),
     }

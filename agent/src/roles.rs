@@ -308,6 +308,14 @@ impl Roles {
         self.primaries.iter().map(|p| (p.spec.name.clone(), p.capture.handle())).collect()
     }
 
+    /// What fences go by; roots and roles do not change while a node runs.
+    #[must_use]
+    pub fn fences(&self) -> crate::fences::Fences {
+        let primaries = self.primaries.iter().map(|p| (p.spec.name.clone(), p.spec.root.clone(), Some(p.capture.handle())));
+        let replicas = self.replicas.iter().map(|r| (r.spec.name.clone(), r.spec.root.clone(), None));
+        crate::fences::Fences::new(primaries.chain(replicas))
+    }
+
     /// The standbys, by mirror.
     #[must_use]
     pub fn standbys(&self) -> Vec<(String, StandbyHandle)> {

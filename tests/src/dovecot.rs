@@ -134,7 +134,8 @@ impl Dovecot {
         // Two of its processes wait for each other's lock of the mailbox list; the kernel refuses one, which gives up: Dovecot's own, mirrored or not.
         let pid = |line: &str| Some(line.split_once(")<")?.1.split_once('>')?.0.to_owned());
         let deadlocked: Vec<String> = log.lines().filter(|l| l.contains("Resource deadlock avoided")).filter_map(pid).collect();
-        let of_those = |line: &str| deadlocked.iter().any(|p| line.contains(&format!("<{p}>")) || line.contains(&format!("child {p} killed")));
+        let of_those =
+            |line: &str| deadlocked.iter().any(|p| line.contains(&format!("<{p}>")) || line.contains(&format!("child {p} killed")));
         let lines = log.lines().filter(|l| bad.iter().any(|b| l.contains(b)) && !of_those(l));
         lines.map(ToOwned::to_owned).collect()
     }

@@ -10,6 +10,8 @@
 
 pub mod bench;
 pub mod dovecot;
+pub mod fence;
+pub mod fenced;
 pub mod gate;
 pub mod imap;
 pub mod live;

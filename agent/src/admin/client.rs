@@ -38,7 +38,7 @@ async fn exchange(state: &Path, request: Request) -> Result<Response, AdminError
     let directory = File::open(state).map_err(unreachable)?;
     let mut stream = UnixStream::connect(socket_address(state, &directory)).await.map_err(unreachable)?;
     let cut_short = |_: io::Error| AdminError::BadAnswer;
-    let line = format!("{}\n", request.as_line());
+    let line = format!("{}\n", request.to_line());
     stream.write_all(line.as_bytes()).await.map_err(cut_short)?;
 
     let mut answer = Vec::new();

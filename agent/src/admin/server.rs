@@ -17,7 +17,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::{AdminError, CLIENT_TIMEOUT, CLIENTS_MAX, REQUEST_BYTES_MAX, Request, Response, SOCKET, StateLock, socket_address};
+use super::{
+    AdminError, CLIENT_IDLE, CLIENT_TIMEOUT, CLIENTS_MAX, REQUEST_BYTES_MAX, Request, Response, SOCKET, StateLock, socket_address,
+};
 
 /// How long answers under way may take once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -133,9 +135,12 @@ where
     A: Future<Output = Response>,
 {
     let (read, mut write) = stream.into_split();
-    let mut read = BufReader::new(read);
+    let mut read = BufReader::with_capacity(1024, read);
     loop {
         let mut line = Vec::new();
+        if timeout(CLIENT_IDLE, read.fill_buf()).await??.is_empty() {
+            return Ok(());
+        }
         let mut bounded = (&mut read).take(REQUEST_BYTES_MAX as u64);
         timeout(CLIENT_TIMEOUT, bounded.read_until(b'\n', &mut line)).await??;
         let complete = line.pop_if(|last| *last == b'\n').is_some();

@@ -370,10 +370,7 @@ fn who_waits_for_a_sync_does_not_take_a_lost_txn_for_arrived() {
     rig.engine.command(Command::Sync(reply)).unwrap();
     rig.until("waits for a txn", |r| r.engine.waiters.iter().any(|w| w.at.is_some()));
     rig.disconnect();
-    assert!(
-        rig.engine.waiters.iter().all(|w| w.at.is_none() && w.round.is_none()),
-        "that txn is dropped, and its number passed by others"
-    );
+    assert!(rig.engine.waiters.iter().all(|w| w.at.is_none() && w.round.is_none()), "that txn is dropped, and its number passed by others");
 }
 
 #[test]

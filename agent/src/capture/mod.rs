@@ -15,8 +15,8 @@ mod scan;
 mod session;
 pub mod watch;
 
-pub use fence::{FenceRequest, NoTxn, NotFenced, Until};
 pub use engine::{Capture, CaptureConfig, CaptureError};
+pub use fence::{FenceRequest, NoTxn, NotFenced, Until};
 pub use messages::{CaptureHandle, CaptureStatus, Command, Step, ToLink};
 
 #[cfg(test)]

@@ -119,6 +119,52 @@ PROTECTED: a standby follows. UNPROTECTED: what changes now exists once. Lines w
     )
 }
 
+pub(super) fn fence() -> String {
+    sections(
+        "
+  twinbox fence                        everything, of every mirror this node is primary of
+  twinbox fence /srv/mail/anna && echo it is on two machines
+  twinbox fence --timeout 500ms /srv/mail/anna/Maildir/new
+
+Covers every change below the paths whose system call had returned before the command began. The running
+agent must be reachable: root or its own user. Programs speak to its socket, see docs/admin-protocol.md.",
+        &[
+            Exit::Ok,
+            Exit::Failure,
+            Exit::Usage,
+            Exit::Config,
+            Exit::BadPath,
+            Exit::NoAgent,
+            Exit::Permission,
+            Exit::NotInTime,
+            Exit::Unprotected,
+        ],
+    )
+}
+
+pub(super) fn txn() -> String {
+    sections(
+        "
+  twinbox txn begin /srv/mail/anna     prints a number
+  …change several files…
+  twinbox txn commit /srv/mail/anna    they arrive together; ends when they are on two machines
+
+A transaction that is not committed in its time is over: its changes are sent as they are, and a late
+commit fails.",
+        &[
+            Exit::Ok,
+            Exit::Failure,
+            Exit::Usage,
+            Exit::Config,
+            Exit::BadPath,
+            Exit::NoAgent,
+            Exit::Permission,
+            Exit::NotInTime,
+            Exit::Unprotected,
+        ],
+    )
+}
+
 pub(super) fn compare() -> String {
     sections(
         "

@@ -2,6 +2,7 @@
 
 pub mod compare;
 pub mod demo;
+pub mod fence;
 pub mod init;
 pub mod mirror;
 pub mod pair;

@@ -18,6 +18,7 @@ use crate::cli::Run;
 use crate::config::{Config, Role};
 use crate::exit::ExitCode;
 use crate::failure::Failure;
+use crate::fences::Fences;
 use crate::net::{Endpoint, Fingerprint, NodeKey, PinnedPeers, Tuning};
 use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
 use crate::status::{SCHEMA, Status};
@@ -69,6 +70,7 @@ struct Agent {
     roles: Mutex<Roles>,
     node: String,
     started: Instant,
+    fences: Fences,
 }
 
 impl Agent {
@@ -104,6 +106,9 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     for mirror in &config.mirrors {
         check_root(&mirror.root)?;
     }
+    // Each waiting client has a descriptor, and the usual limit is meant for programs that use select(2).
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, rustix::process::Rlimit { current: limit.maximum, ..limit });
     let server = AdminServer::bind(&config.state)?;
     let key = NodeKey::load(&config.state.join("node.key"))?;
     let pins = PinnedPeers::new();
@@ -122,7 +127,9 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     let roles = tokio::task::block_in_place(|| {
         Roles::start(config.node.as_str(), &config.state, mirrors(&config, &adopt), &peers, &endpoints, bounds)
     })?;
+    let fences = roles.fences();
     let agent = Arc::new(Agent {
+        fences,
         path: args.file.config.clone(),
         pins,
         endpoints,
@@ -153,7 +160,10 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                         let _ = ask_stop.try_send(());
                         Response::done()
                     }
-                    _ => Response::done(),
+                    Request::Fence(fence) => agent.fences.fence(&fence).await,
+                    Request::TxnBegin { path, timeout } => agent.fences.begin(&path, timeout).await,
+                    Request::TxnCommit { txn, fence, nowait } => agent.fences.commit(txn, &fence, nowait).await,
+                    Request::Ping => Response::done(),
                 }
             }
         }
