@@ -3,6 +3,8 @@
 //! Size: 600 deliveries and 3 losses of the primary; `TWINBOX_TEST_FULL=1`: 10,000 and 30.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use twinbox_tests::fence::{Client, deliver, maildir};
@@ -24,6 +26,7 @@ fn what_was_fenced_survives_the_loss_of_the_primary() {
 
 #[test]
 fn the_command_and_the_socket() {
+    require!(Need::Program("socat"), Need::Program("python3"), Need::Program("lua5.4"));
     let _turn = heavy();
     let scratch = Scratch::new("fence");
     let (root, replica) = (scratch.dir("store"), scratch.dir("replica"));
@@ -71,6 +74,18 @@ fn the_command_and_the_socket() {
     eprintln!("1,000 fences in {:?}", began.elapsed());
     let after = pair.primary.status().unwrap().said.mirrors[0].lsn.captured;
     assert!(after - before < 50, "a fence issues no transaction of its own: {} for 1,000", after - before);
+
+    for (program, script) in [("sh", "fence.sh"), ("python3", "fence.py"), ("lua5.4", "fence.lua")] {
+        let example = |path: &Path| {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/fence").join(script);
+            Command::new(program).arg(script).arg(path).arg(&pair.primary.state).output().unwrap()
+        };
+        let odd = maildir.join("new/a b%41\u{e4}.test");
+        fs::write(&odd, b"mail").unwrap();
+        let (good, bad) = (example(&odd), example(Path::new("/nowhere")));
+        assert!(good.status.success(), "{script}: {good:?}");
+        assert!(!bad.status.success() && String::from_utf8_lossy(&bad.stderr).contains("ERR bad-path"), "{script}: {bad:?}");
+    }
 
     // Without a standby: at once, unless asked to wait.
     pair.standby.kill9();
