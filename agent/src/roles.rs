@@ -14,6 +14,7 @@ use twinbox_protocol::ids::{Epoch, Generation, Incarnation, Lsn, MirrorId};
 use twinbox_resync::node::{MirrorState as History, NodeState, Role};
 use twinbox_resync::schema::StateError;
 
+use crate::capture::pulse::{STALLED_AFTER, Stage, Stall};
 use crate::capture::watch::KERNEL_BYTES_PER_WATCH;
 use crate::capture::{Capture, CaptureConfig, CaptureError, CaptureHandle};
 use crate::config;
@@ -24,7 +25,7 @@ use crate::link::standby::{Served, Server};
 use crate::net::{Endpoint, Fingerprint};
 use crate::standby::{Standby, StandbyConfig, StandbyError, StandbyHandle};
 use crate::status::{
-    LastError, Lsns, MirrorState, MirrorStatus, PeerStatus, Pending, Rates, SyncProgress, Totals, Unreadable, Watches, rfc3339,
+    LastError, Lsns, MirrorState, MirrorStatus, PeerStatus, Pending, Rates, Stalled, SyncProgress, Totals, Unreadable, Watches, rfc3339,
 };
 
 /// One mirror as configured.
@@ -175,6 +176,21 @@ struct Replica {
     served: Arc<Served>,
     standby: Option<Standby>,
     rates: Mutex<RateMeter>,
+    /// Last durable position, and since when it is.
+    moved: Mutex<(Lsn, Instant)>,
+}
+
+impl Replica {
+    /// For how long no txn came of a primary that is connected, when that is too long: it sends a canary every second.
+    fn silent(&self) -> Option<Duration> {
+        let (now, status) = (Instant::now(), self.served.handle.status());
+        let connected = self.served.seen.lock().is_ok_and(|seen| seen.connected);
+        let mut moved = self.moved.lock().ok()?;
+        if moved.0 != status.durable.lsn || !connected || !status.complete {
+            *moved = (status.durable.lsn, now);
+        }
+        Some(now.duration_since(moved.1)).filter(|lasts| *lasts > STALLED_AFTER)
+    }
 }
 
 /// All mirrors of a node, running.
@@ -263,7 +279,8 @@ impl Roles {
                     let mirror = spec.name.clone();
                     let standby = Standby::start(config, known.as_ref()).map_err(|source| RoleError::Standby { mirror, source })?;
                     let served = Arc::new(Served { handle: standby.handle(), seen: Mutex::default() });
-                    roles.replicas.push(Replica { spec, served, standby: Some(standby), rates: Mutex::default() });
+                    let moved = Mutex::new((Lsn::ZERO, Instant::now()));
+                    roles.replicas.push(Replica { spec, served, standby: Some(standby), rates: Mutex::default(), moved });
                 }
             }
         }
@@ -306,6 +323,15 @@ impl Roles {
     #[must_use]
     pub fn captures(&self) -> Vec<(String, CaptureHandle)> {
         self.primaries.iter().map(|p| (p.spec.name.clone(), p.capture.handle())).collect()
+    }
+
+    /// Mirrors in which something hangs: name, stage, for how long.
+    #[must_use]
+    pub fn stalls(&self) -> Vec<(String, Stage, Duration)> {
+        let primaries = self.primaries.iter().filter_map(|p| Some((p.spec.name.clone(), p.capture.handle().stall()?)));
+        let primaries = primaries.map(|(name, stall)| (name, stall.stage, stall.lasts));
+        let replicas = self.replicas.iter().filter_map(|r| Some((r.spec.name.clone(), Stage::Link, r.silent()?)));
+        primaries.chain(replicas).collect()
     }
 
     /// What fences go by; roots and roles do not change while a node runs.
@@ -393,11 +419,14 @@ fn last_error(found: Option<(SystemTime, String)>) -> Option<LastError> {
 }
 
 fn primary_status(primary: &Primary) -> MirrorStatus {
-    let now = primary.capture.handle().status();
+    let handle = primary.capture.handle();
+    let now = handle.status();
     let link = primary.link.lock().map(|l| l.clone()).unwrap_or_default();
     let wire = primary.paths.first().map(|p| p.wire()).unwrap_or_default();
+    let stall = handle.stall();
     let state = match () {
         () if link.diverged => MirrorState::Diverged,
+        () if stall.is_some() => MirrorState::Unprotected,
         () if now.protected => MirrorState::Protected,
         () if now.connected => MirrorState::Syncing,
         () => MirrorState::Unprotected,
@@ -452,17 +481,23 @@ fn primary_status(primary: &Primary) -> MirrorStatus {
             eta_s: None,
         }),
         last_error: error,
-        unprotected_since: if state == MirrorState::Protected { None } else { now.unprotected_since.map(rfc3339) },
+        unprotected_since: match (state, stall) {
+            (MirrorState::Protected, _) => None,
+            (_, Some(stall)) if now.protected => SystemTime::now().checked_sub(stall.lasts).map(rfc3339),
+            _ => now.unprotected_since.map(rfc3339),
+        },
+        stalled: stall.map(stalled),
     }
 }
 
 fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatus {
     let now = replica.served.handle.status();
     let seen = replica.served.seen.lock().map(|s| s.clone()).unwrap_or_default();
+    let silent = replica.silent();
     let history = NodeState::open(state_dir).ok().and_then(|node| node.mirror(&replica.spec.name).ok().flatten());
     let state = match () {
         () if seen.diverged.is_some() => MirrorState::Diverged,
-        () if !seen.connected => MirrorState::Unprotected,
+        () if !seen.connected || silent.is_some() => MirrorState::Unprotected,
         () if now.complete => MirrorState::Protected,
         () => MirrorState::Syncing,
     };
@@ -506,5 +541,10 @@ fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatu
             .map(|e| last_error(Some(e)))
             .unwrap_or(last_error(now.last_error)),
         unprotected_since: None,
+        stalled: silent.map(|lasts| Stalled { stage: Stage::Link.as_str().into(), for_ms: lasts.as_millis() as u64 }),
     }
+}
+
+fn stalled(stall: Stall) -> Stalled {
+    Stalled { stage: stall.stage.as_str().into(), for_ms: stall.lasts.as_millis() as u64 }
 }

@@ -96,6 +96,18 @@ pub struct MirrorStatus {
     pub last_error: Option<LastError>,
     /// RFC 3339 time (UTC) since which the mirror is `unprotected`.
     pub unprotected_since: Option<String>,
+    /// Where a change does not get on, while that is so; the state is `unprotected` then.
+    #[serde(default)]
+    pub stalled: Option<Stalled>,
+}
+
+/// A stage of the pipeline that does not move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stalled {
+    /// `watch`, `scan`, `read`, `commit`, `link`, `standby-log`, `standby-apply`, `idle`.
+    pub stage: String,
+    /// For how long, in ms.
+    pub for_ms: u64,
 }
 
 /// Positions in a mirror's sequence of transactions.

@@ -45,6 +45,7 @@ fn calm() -> Status {
             sync: None,
             last_error: None,
             unprotected_since: None,
+            stalled: None,
         }],
     }
 }
@@ -168,6 +169,7 @@ fn the_json_shape_is_an_interface() {
             "rates",
             "role",
             "root",
+            "stalled",
             "state",
             "sync",
             "totals",

@@ -19,6 +19,7 @@ use super::dirty::{Group, Mark, Pending};
 use super::engine::{CaptureError, Engine};
 use super::look::{Known, Look, look};
 use super::messages::ToLink;
+use super::pulse::Stage;
 
 /// Files looked at in one round, and bytes read: some milliseconds, so that other groups and the queue do not wait long.
 const ROUND_FILES: usize = 512;
@@ -74,6 +75,7 @@ impl Engine {
                 taken.extend(unit);
                 continue;
             }
+            self.pulse.enter(Stage::Look);
             for name in &unit {
                 self.sets.freeze(name);
                 self.look_at_group(name, boundary, &mut files, &mut bytes, &mut parents)?;
@@ -85,6 +87,7 @@ impl Engine {
             self.barrier(dir);
         }
         self.boundary()?;
+        self.pulse.enter(Stage::Commit);
         let (mut again, mut committed) = (false, false);
         for unit in units {
             // A rename since may have joined it to another.
@@ -326,6 +329,10 @@ impl Engine {
         self.summary.txns += 1;
         self.summary.files += files as u64;
         self.summary.bytes += weight as u64;
+        if self.flights.is_empty() {
+            self.acknowledged_at = now;
+        }
+        self.shipped_at = now;
         self.flights.push_back((lsn, since.unwrap_or(now), now));
         if let Some(session) = &self.session {
             let _ = session.out.send(ToLink::Txn(frames)); // A closed queue means the session is ending; `Down` follows.
@@ -351,9 +358,25 @@ impl Engine {
         self.complete = true;
         self.node.set_complete(&self.config.name, true)?;
         tracing::info!(mirror = %self.config.name, "first sync complete: the standby is in sync");
+        self.ship_empty();
+        Ok(())
+    }
+
+    fn ship_empty(&mut self) {
         self.view.start(self.outbox.next_lsn());
         self.view.keep();
         self.ship(vec![], 0, None);
+    }
+
+    /// An empty txn through the whole pipeline: nothing hangs, and what is not dirty has arrived.
+    pub(super) fn canary(&mut self) -> Result<(), CaptureError> {
+        self.shipped_at = Instant::now();
+        // What is in flight tells as much.
+        if self.outbox.in_flight().len() == 0 {
+            self.boundary()?;
+            self.reserve()?;
+            self.ship_empty();
+        }
         Ok(())
     }
 
@@ -362,6 +385,8 @@ impl Engine {
         let now = Instant::now();
         while let Some((_, _, sent)) = self.flights.front().copied().filter(|(at, _, _)| *at <= lsn) {
             self.flights.pop_front();
+            self.proof = Some(sent);
+            self.acknowledged_at = now;
             let us = now.duration_since(sent).as_micros().min(u128::from(u32::MAX)) as u32;
             if self.latencies.len() >= LATENCIES {
                 self.latencies.pop_front();
@@ -369,6 +394,10 @@ impl Engine {
             self.latencies.push_back(us);
         }
         if let Some(done) = done {
+            if self.applied >= self.durable {
+                self.applied_at = now; // Only now there is something to be applied.
+            }
+            self.durable = done.position.lsn;
             self.view.handle_durable(done.position)?;
             if let Some(session) = &self.session {
                 let _ = session.out.send(ToLink::Stored(done.position.lsn));

@@ -30,6 +30,7 @@ use super::bulk::{self, Job};
 use super::dirty::{DirtySets, Group, Pending};
 use super::fence::{Holds, Waiter};
 use super::messages::{CaptureHandle, CaptureStatus, Command};
+use super::pulse::{CANARY_EVERY, Pulse, Stage};
 use super::recent::RecentChunks;
 use super::scan::Scan;
 use super::session::Session;
@@ -115,7 +116,7 @@ impl Capture {
         let (commands, receiver) = channel();
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(io::Error::from)?);
         let status = Arc::new(Mutex::new(CaptureStatus::default()));
-        let handle = CaptureHandle { commands, wake: wake.clone(), status };
+        let handle = CaptureHandle { commands, wake: wake.clone(), status, pulse: Arc::default() };
         let mut engine = Engine::open(config, handle.clone(), receiver, wake)?;
         let thread = std::thread::spawn(move || {
             if let Err(error) = engine.run() {
@@ -188,12 +189,21 @@ pub(super) struct Engine {
     /// Bulk jobs that answer a miss: job ▶ content asked for.
     pub(super) misses: HashMap<u64, ContentHash>,
     pub(super) waiters: Vec<Waiter>,
+    pub(super) pulse: Arc<Pulse>,
+    /// When something was last shipped.
+    pub(super) shipped_at: Instant,
+    /// When what is in flight last grew shorter, or began; the same of what is to be applied.
+    pub(super) acknowledged_at: Instant,
+    pub(super) applied_at: Instant,
     pub(super) holds: Holds,
     pub(super) flights: VecDeque<(Lsn, Instant, Instant)>,
     pub(super) latencies: VecDeque<u32>,
     /// The first sync's last groups: those with something left when its comparison ended; then the LSN that carries the last of it.
     pub(super) last_groups: Option<(BTreeSet<Group>, Option<Lsn>)>,
     pub(super) applied: Lsn,
+    /// Last one acknowledged in this session.
+    pub(super) durable: Lsn,
+    /// When the newest txn that is durable was sealed: what was older and is not dirty had been shipped.
     pub(super) proof: Option<Instant>,
     pub(super) summary: CaptureStatus,
     pub(super) pull: Option<super::session::Pull>,
@@ -269,11 +279,16 @@ impl Engine {
             staged_early: BTreeSet::new(),
             misses: HashMap::new(),
             waiters: vec![],
+            pulse: handle.pulse.clone(),
+            shipped_at: now,
+            acknowledged_at: now,
+            applied_at: now,
             holds: Holds::default(),
             flights: VecDeque::new(),
             latencies: VecDeque::new(),
             last_groups: None,
             applied: Lsn::ZERO,
+            durable: Lsn::ZERO,
             proof: None,
             summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), ..CaptureStatus::default() },
             pull: None,
@@ -295,14 +310,18 @@ impl Engine {
 
     fn run(&mut self) -> Result<(), CaptureError> {
         loop {
+            self.pulse.enter(Stage::Commit);
             if !self.commands()? {
                 return Ok(self.view.store_locals()?);
             }
+            self.pulse.enter(Stage::Watch);
             self.take_events()?;
+            self.pulse.enter(Stage::Scan);
             let scanned = self.scan_some()?;
             self.note_listed();
             self.timers()?;
             let cut = self.round()?;
+            self.pulse.enter(Stage::Commit);
             self.finish_first_sync()?;
             self.answer_waiters()?;
             let busy = scanned || cut;
@@ -311,6 +330,7 @@ impl Engine {
                 if self.pull.is_none() {
                     self.view.store_locals()?; // Half a pull must still be taken back when its digest is wrong.
                 }
+                self.pulse.enter(Stage::Idle);
                 self.wait()?;
             }
         }
@@ -349,6 +369,9 @@ impl Engine {
     fn timers(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
         self.expire_holds();
+        if self.complete && self.session.is_some() && now.duration_since(self.shipped_at) >= CANARY_EVERY {
+            self.canary()?;
+        }
         let due: Vec<RelPath> = self.unreadable.iter().filter(|(_, (_, at))| *at <= now).map(|(path, _)| path.clone()).collect();
         for path in due {
             self.unreadable.insert(path.clone(), (String::new(), now + UNREADABLE_EVERY));
@@ -420,6 +443,7 @@ impl Engine {
 
     /// Returns when everything completed before this call has been processed, and no rename is half out.
     pub(super) fn boundary(&mut self) -> Result<(), CaptureError> {
+        self.pulse.enter(Stage::Watch);
         loop {
             self.until_cookie()?;
             if self.halves.is_empty() {
@@ -671,8 +695,11 @@ impl Engine {
         summary.pending_paths = (self.sets.pending() + waiting) as u64 + u64::from(self.collapsed);
         summary.pending_bytes = self.outbox.bytes_in_flight() as u64 + self.sets.groups().map(|(_, g)| g.bytes as u64).sum::<u64>();
         summary.lag_ms = oldest.map_or(0, |since| now.duration_since(since).as_millis() as u64);
-        let proof = self.session.as_ref().map(|s| s.heard).or(self.proof);
-        summary.bound_ms = proof.map(|heard| (now.duration_since(heard).as_millis() as u64).max(summary.lag_ms));
+        summary.at = Some(now);
+        summary.heard = self.session.as_ref().map(|s| s.heard);
+        summary.unacknowledged_since = (waiting > 0).then_some(self.acknowledged_at);
+        summary.unapplied_since = (self.applied < summary.lsn.1).then_some(self.applied_at);
+        summary.bound_ms = self.proof.map(|sealed| (now.duration_since(sealed).as_millis() as u64).max(summary.lag_ms));
         summary.watches = self.watch.len();
         summary.scanning = !self.scan.is_done();
         summary.scanned = self.scan.looked_at();

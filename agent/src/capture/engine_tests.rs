@@ -81,7 +81,7 @@ impl Rig {
         crate::sys::ignore_sigio();
         let (commands, receiver) = channel();
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
-        let handle = CaptureHandle { commands, wake: wake.clone(), status: Arc::default() };
+        let handle = CaptureHandle { commands, wake: wake.clone(), status: Arc::default(), pulse: Arc::default() };
         let engine = Engine::open(config, handle, receiver, wake).unwrap();
         Rig {
             dir,

@@ -205,3 +205,28 @@ fn an_application_that_died_holds_nothing_for_ever() {
 }
 
 const HELD: Duration = Duration::from_secs(5);
+
+#[test]
+fn a_canary_goes_when_nothing_else_does_and_what_does_not_come_back_is_told() {
+    let mut rig = started(&["u"]);
+    let quiet = |rig: &mut Rig| rig.engine.shipped_at = Instant::now().checked_sub(CANARY_EVERY).unwrap();
+    let txns = rig.engine.summary.txns;
+    quiet(&mut rig);
+    rig.turn();
+    rig.turn();
+    assert_eq!(rig.engine.summary.txns, txns + 1, "and only one");
+    rig.engine.publish(false);
+    assert_eq!(rig.engine.handle.stall(), None);
+    assert!(rig.engine.summary.bound_ms.unwrap() < 5_000);
+    rig.unacked = 1;
+    quiet(&mut rig);
+    rig.turn();
+    quiet(&mut rig);
+    rig.turn();
+    assert_eq!(rig.engine.summary.txns, txns + 2, "one that is on its way is enough");
+    rig.engine.acknowledged_at = Instant::now().checked_sub(Duration::from_secs(9)).unwrap();
+    rig.engine.pulse.enter(Stage::Idle);
+    rig.engine.publish(false);
+    let stall = rig.engine.handle.stall().unwrap();
+    assert!(stall.stage == Stage::StandbyLog && stall.lasts >= Duration::from_secs(9));
+}

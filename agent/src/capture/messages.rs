@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 use twinbox_protocol::digest::Digest;
@@ -18,6 +18,7 @@ use twinbox_protocol::path::RelPath;
 
 use super::bulk::BulkResult;
 use super::fence::{Begun, FenceRequest, NoTxn};
+use super::pulse::{Pulse, Stall, stall};
 
 /// What the link does next, after the capture compared memories.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -136,6 +137,14 @@ pub struct CaptureStatus {
     pub lag_ms: u64,
     /// Age of the last proof that the pipeline works (an acknowledgement with nothing older pending), in ms; `None` before the first.
     pub bound_ms: Option<u64>,
+    /// When this was published.
+    pub at: Option<Instant>,
+    /// Last word of the standby.
+    pub heard: Option<Instant>,
+    /// Since when something is in flight and nothing became durable.
+    pub unacknowledged_since: Option<Instant>,
+    /// Since when something is durable there and nothing was applied.
+    pub unapplied_since: Option<Instant>,
     /// Directories watched.
     pub watches: u64,
     /// Overflows of the kernel's queue since start.
@@ -170,6 +179,7 @@ pub struct CaptureHandle {
     pub(super) commands: Sender<Command>,
     pub(super) wake: Arc<OwnedFd>,
     pub(super) status: Arc<Mutex<CaptureStatus>>,
+    pub(super) pulse: Arc<Pulse>,
 }
 
 impl CaptureHandle {
@@ -189,9 +199,21 @@ impl CaptureHandle {
         answer.await.ok()
     }
 
-    /// The last published summary.
+    /// The last published summary; its ages are those of now, also when the thread hangs.
     #[must_use]
     pub fn status(&self) -> CaptureStatus {
-        self.status.lock().map(|s| s.clone()).unwrap_or_default()
+        let mut status = self.status.lock().map(|s| s.clone()).unwrap_or_default();
+        let older = status.at.map_or(0, |at| at.elapsed().as_millis() as u64);
+        status.bound_ms = status.bound_ms.map(|bound| bound + older);
+        status.lag_ms += if status.lag_ms > 0 { older } else { 0 };
+        status
+    }
+
+    /// Where the pipeline hangs, if it does.
+    #[must_use]
+    pub fn stall(&self) -> Option<Stall> {
+        let pulse = self.pulse.now();
+        let status = self.status.lock().map(|s| s.clone()).unwrap_or_default();
+        if status.failed.is_some() { None } else { stall(pulse, &status, Instant::now()) }
     }
 }

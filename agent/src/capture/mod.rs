@@ -1,7 +1,8 @@
 //! The primary's side of a mirror: sees changes, takes cuts, hands transactions to the link.
 //!
 //! One thread owns everything here (`engine`); `watch` is the kernel's queue and the directory tree, `dirty` what may differ, `look` one stable look at one path,
-//! `scan` compares listings with the manifest, `cut` takes rounds and commits, `session` follows the standby, `fence` answers those who wait, `bulk` reads large files on a thread of its own.
+//! `scan` compares listings with the manifest, `cut` takes rounds and commits, `session` follows the standby, `fence` answers those who wait, `bulk` reads large files on a thread of its own; `pulse` says
+//! what the thread is doing to those who watch it.
 
 pub mod bulk;
 mod cut;
@@ -10,6 +11,7 @@ pub mod engine;
 pub mod fence;
 pub mod look;
 pub mod messages;
+pub mod pulse;
 pub mod recent;
 mod scan;
 mod session;

@@ -18,6 +18,7 @@ use twinbox_resync::rows::{Row, Rows};
 use super::bulk::{BulkResult, Job, Outcome};
 use super::engine::{Awaiting, CaptureError, Engine};
 use super::messages::{BulkMessage, Command, Step, ToLink};
+use super::pulse::CANARY_EVERY;
 
 /// An open session.
 pub(super) struct Session {
@@ -69,6 +70,10 @@ impl Engine {
                 self.collapsed = false;
                 // The standby applied all it had before it answered our hello.
                 self.applied = self.applied.max(self.outbox.last().lsn);
+                self.durable = self.outbox.last().lsn;
+                (self.acknowledged_at, self.applied_at) = (Instant::now(), Instant::now());
+                // The next turn sends a canary: the first proof of this session.
+                self.shipped_at = self.acknowledged_at.checked_sub(CANARY_EVERY).unwrap_or(self.acknowledged_at);
                 if std::mem::take(&mut self.compare) {
                     self.scan.push(RelPath::root());
                 }
@@ -81,6 +86,7 @@ impl Engine {
             Command::Applied(lsn) => {
                 self.heard();
                 self.applied = self.applied.max(lsn);
+                self.applied_at = Instant::now();
             }
             Command::Staged(hash) => self.staged(hash),
             Command::Miss(hash) => self.miss(hash)?,
@@ -111,7 +117,6 @@ impl Engine {
     fn heard(&mut self) {
         if let Some(session) = &mut self.session {
             session.heard = Instant::now();
-            self.proof = Some(session.heard);
         }
     }
 

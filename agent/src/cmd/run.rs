@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use crate::admin::{AdminServer, Request, Response};
 use crate::capture::Command;
+use crate::capture::pulse::Stage;
 use crate::cli::Run;
 use crate::config::{Config, Role};
 use crate::exit::ExitCode;
@@ -178,6 +179,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     tracing::info!(node = %agent.node, mirrors = config.mirrors.len(), peers = peers.len(), "twinbox is running");
     let mut check = tokio::time::interval(Duration::from_secs(1));
     let mut ended = None;
+    let mut hanging: BTreeMap<String, Stage> = BTreeMap::new();
     loop {
         tokio::select! {
             _ = term.recv() => break,
@@ -190,7 +192,23 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             }
             _ = check.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);
-                let captures = agent.roles.lock().await.captures();
+                let (captures, stalls) = {
+                    let roles = agent.roles.lock().await;
+                    (roles.captures(), roles.stalls())
+                };
+                for (mirror, stage, lasts) in &stalls {
+                    if hanging.insert(mirror.clone(), *stage) != Some(*stage) {
+                        let for_s = lasts.as_secs();
+                        tracing::error!(mirror, stage = stage.as_str(), for_s, "stalled: changes do not get on; the mirror counts as unprotected");
+                    }
+                }
+                hanging.retain(|mirror, stage| {
+                    let still = stalls.iter().any(|(name, ..)| name == mirror);
+                    if !still {
+                        tracing::info!(mirror, stage = stage.as_str(), "moves again");
+                    }
+                    still
+                });
                 if let Some((mirror, why)) = captures.into_iter().find_map(|(name, c)| Some((name, c.status().failed?))) {
                     ended = Some(Failure::new(super::mirror::code_of_stop(&why), format!("mirror `{mirror}`: {why}")));
                     break;

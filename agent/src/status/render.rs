@@ -51,6 +51,9 @@ fn mirror_lines(mirror: &MirrorStatus, own_version: &str) -> Vec<String> {
         MirrorState::Syncing => Some("the standby is not complete yet and cannot take over"),
         MirrorState::Protected => None,
     };
+    if let Some(stalled) = &mirror.stalled {
+        lines.push(format!("! stalled for {} in stage {}", span_text(Duration::from_millis(stalled.for_ms)), plain(&stalled.stage)));
+    }
     lines.extend(advice.map(|advice| format!("! {advice}")));
     lines.extend(sync_line(mirror));
     lines.push(format!("  root     {} ({})", plain(&mirror.root), plain(&mirror.layout)));
