@@ -60,6 +60,12 @@ impl Engine {
         if !self.can_cut() {
             return Ok(true); // The events asked for a comparison first.
         }
+        // A write under another name, or into a mapping, raises no event: what is open for writing is compared, event or not.
+        let work: Vec<RelPath> =
+            self.writers.keys().filter(|path| !self.sets.group_is_clean(&self.group_of(path, false))).cloned().collect();
+        for path in work {
+            self.check_writer(&path)?;
+        }
         let mut groups: Vec<(Option<Instant>, Group)> = self.sets.groups().map(|(name, g)| (g.since, name.clone())).collect();
         groups.sort();
         self.sets.start_round();
@@ -96,6 +102,7 @@ impl Engine {
                 committed |= self.commit(&unit)?;
             } else {
                 again = true;
+                unit.iter().for_each(|name| self.sets.thaw(name));
                 self.summary.spoiled_rounds += u64::from(unit.iter().any(|name| self.sets.group(name).spoiled));
             }
         }
@@ -159,6 +166,11 @@ impl Engine {
             content: mark.content,
             scan: mark.scan,
             quiet_only: now.duration_since(mark.last) < SETTLE && now.duration_since(mark.since) < SETTLE_MAX,
+            unfinished: self
+                .closers
+                .last(&path)
+                .filter(|_| mark.open)
+                .map(|closed| (now.duration_since(mark.last), now.duration_since(closed))),
             boundary,
         };
         let view = &self.view;

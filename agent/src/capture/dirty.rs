@@ -30,6 +30,8 @@ pub struct Mark {
     pub round: u64,
     /// Only a directory's own times: rides along with the next real change of its group, or goes alone after a while.
     pub quiet: bool,
+    /// Written to, and not closed since.
+    pub open: bool,
 }
 
 /// How long a directory's own times wait for a real change to ride along with: a delivery touches tmp/ twice before the message is there.
@@ -93,6 +95,8 @@ pub struct DirtySets {
     count: usize,
     round: u64,
     renames: u64,
+    /// Hints held by all groups.
+    hints: usize,
     held: BTreeSet<Group>,
 }
 
@@ -112,6 +116,12 @@ impl DirtySets {
     #[must_use]
     pub fn has_renames(&self, names: &BTreeSet<Group>) -> bool {
         names.iter().filter_map(|name| self.groups.get(name)).any(|g| g.frozen > 0)
+    }
+
+    /// Whether a path is to be looked at.
+    #[must_use]
+    pub fn is_dirty(&self, group: &[u8], path: &RelPath) -> bool {
+        self.groups.get(group).is_some_and(|g| g.dirty.contains_key(path))
     }
 
     /// Whether a group has nothing to do.
@@ -268,9 +278,16 @@ impl DirtySets {
             })
             .or_insert_with(|| {
                 fresh = true;
-                Mark { content, scan, since: now, last: now, not_before: quiet.then(|| now + QUIET), round, quiet }
+                Mark { content, scan, since: now, last: now, not_before: quiet.then(|| now + QUIET), round, quiet, open: false }
             });
         self.count += usize::from(fresh);
+    }
+
+    /// The marked path was written to, or closed after that.
+    pub fn wrote(&mut self, group: &[u8], path: &RelPath, closed: bool) {
+        if let Some(mark) = self.groups.get_mut(group).and_then(|g| g.dirty.get_mut(path)) {
+            mark.open = !closed;
+        }
     }
 
     /// Whether an observation of the path holds bytes, or they are being read.
@@ -383,10 +400,35 @@ impl DirtySets {
         if from.0 != to.0 {
             self.joins.insert((from.0.to_vec(), to.0.to_vec()));
         }
-        let hint = Hint { from: from.1.clone(), to: to.1.clone() };
+        let mut hint = Hint { from: from.1.clone(), to: to.1.clone() };
+        // The rename just before it moved the same thing: one from there to here says as much, and a file that wanders for hours is one hint.
+        if let Some(before) = self.groups.get_mut(from.0)
+            && before.hints.len() > before.frozen
+            && before.hints.last().is_some_and(|(at, last)| *at == self.renames && last.to == hint.from)
+            && let Some((_, last)) = before.hints.pop()
+        {
+            hint.from = last.from;
+            self.hints -= 1;
+        }
         self.renames += 1;
-        let at = self.renames;
-        self.group(to.0).hints.push((at, hint));
+        if hint.from != hint.to {
+            let at = self.renames;
+            self.hints += 1;
+            self.group(to.0).hints.push((at, hint));
+        }
+    }
+
+    /// Renames that are not committed.
+    #[must_use]
+    pub fn hint_count(&self) -> usize {
+        self.hints
+    }
+
+    /// The round is over for a group that was not committed.
+    pub fn thaw(&mut self, name: &[u8]) {
+        if let Some(state) = self.groups.get_mut(name) {
+            state.frozen = 0;
+        }
     }
 
     /// What `to` and all below it has its rows where `from` had them.
@@ -497,7 +539,9 @@ impl DirtySets {
         for name in names {
             let Some(state) = self.groups.get_mut(name) else { continue };
             seen.append(&mut state.captured);
-            hints.extend(state.hints.drain(..state.frozen.min(state.hints.len())));
+            let before = state.hints.len();
+            hints.extend(state.hints.drain(..state.frozen.min(before)));
+            self.hints -= before - state.hints.len();
             state.frozen = 0;
             (state.bytes, state.rounds, state.spoiled) = (0, 0, false);
             since = [since, state.since].into_iter().flatten().min();
@@ -531,6 +575,7 @@ impl DirtySets {
     /// Forgets every rename seen: gives the new names, which must be compared anew with all that is below them.
     pub fn distrust(&mut self) -> Vec<RelPath> {
         self.origins.clear();
+        self.hints = 0;
         self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|(_, hint)| hint.to).collect()
     }
 }
@@ -640,6 +685,32 @@ mod tests {
         sets.freeze(b"a");
         sets.commit(&[b"a".to_vec()].into());
         assert_eq!(sets.origin(&p("a/f/m")), p("a/f/m"), "though another group still has renames");
+    }
+
+    #[test]
+    fn a_thing_that_wanders_is_one_rename() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        let step = |sets: &mut DirtySets, from: &str, to: &str| {
+            sets.renamed((&from.as_bytes()[..1], &p(from)), (&to.as_bytes()[..1], &p(to)), false, now);
+        };
+        for _ in 0..1000 {
+            step(&mut sets, "a/x", "b/x");
+            step(&mut sets, "b/x", "a/y");
+            step(&mut sets, "a/y", "a/x");
+        }
+        assert_eq!(sets.hint_count(), 0);
+        step(&mut sets, "a/x", "b/x");
+        sets.freeze(b"b");
+        step(&mut sets, "b/x", "b/y");
+        assert_eq!(sets.hint_count(), 2, "the first belongs to the cut under way");
+        assert_eq!(sets.origin(&p("b/y")), p("a/x"));
+        let unit = sets.closure(b"b");
+        let (_, hints, _) = sets.commit(&unit);
+        assert_eq!(hints, [Hint { from: p("a/x"), to: p("b/x") }]);
+        assert_eq!(sets.hint_count(), 1);
+        step(&mut sets, "a/m", "a/n");
+        step(&mut sets, "b/y", "b/z");
+        assert_eq!(sets.hint_count(), 3, "something else came between");
     }
 
     #[test]

@@ -27,6 +27,7 @@ use twinbox_resync::schema::StateError;
 use twinbox_resync::view::View;
 
 use super::bulk::{self, Job};
+use super::closers::Closers;
 use super::dirty::{DirtySets, Group, Pending};
 use super::fence::{Holds, Waiter};
 use super::messages::{CaptureHandle, CaptureStatus, Command};
@@ -196,6 +197,8 @@ pub(super) struct Engine {
     pub(super) acknowledged_at: Instant,
     pub(super) applied_at: Instant,
     pub(super) holds: Holds,
+    /// Files whose writers close them.
+    pub(super) closers: Closers,
     pub(super) flights: VecDeque<(Lsn, Instant, Instant)>,
     pub(super) latencies: VecDeque<u32>,
     /// The first sync's last groups: those with something left when its comparison ended; then the LSN that carries the last of it.
@@ -221,6 +224,8 @@ pub(super) struct Engine {
 /// How long a group's directories must have been at rest before it is compared once more.
 const RECHECK_AFTER: Duration = Duration::from_secs(2);
 
+/// Renames kept; more are found by comparing.
+const HINTS_MAX: usize = 50_000;
 /// Files known to be open for writing are looked at this often, because a write under another name raises no event here.
 const WRITERS_EVERY: Duration = Duration::from_millis(500);
 /// Paths that could not be read are tried again after this long.
@@ -284,6 +289,7 @@ impl Engine {
             acknowledged_at: now,
             applied_at: now,
             holds: Holds::default(),
+            closers: Closers::default(),
             flights: VecDeque::new(),
             latencies: VecDeque::new(),
             last_groups: None,
@@ -409,7 +415,11 @@ impl Engine {
     /// A file that was open for writing when last looked at: does it still have the ctime we know?
     pub(super) fn check_writer(&mut self, path: &RelPath) -> Result<(), CaptureError> {
         use twinbox_resync::rows::Rows;
-        let known = match self.sets.seen(&self.group_of_marked(path), path) {
+        let group = self.group_of_marked(path);
+        if self.sets.is_dirty(&group, path) {
+            return Ok(()); // Looked at anyway; marked again, it would seem to be written to just now.
+        }
+        let known = match self.sets.seen(&group, path) {
             // Being read: that look sees changes itself, and is compared here once it is done. Marked dirty, it would begin anew for ever.
             Pending::Staging => return Ok(()),
             Pending::Seen(local) => local,
@@ -597,8 +607,15 @@ impl Engine {
             // Never mirrored.
         } else if event.mask.contains(ReadFlags::CREATE) {
             self.appeared(&path, is_dir);
+            self.closers.add(&path, Instant::now());
         } else if event.mask.intersects(ReadFlags::MODIFY | ReadFlags::CLOSE_WRITE) {
+            let closed = event.mask.contains(ReadFlags::CLOSE_WRITE);
             self.mark(&path, true, false, false);
+            let group = self.group_of_marked(&path);
+            self.sets.wrote(&group, &path, closed);
+            if closed {
+                self.closers.add(&path, Instant::now());
+            }
         } else {
             self.mark(&path, false, false, is_dir && event.mask.contains(ReadFlags::ATTRIB));
         }
@@ -635,6 +652,15 @@ impl Engine {
             self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now());
             for (path, _) in self.larges.extract_if(|path, _| path.is_within(&from.path)).collect::<Vec<_>>() {
                 drop(path); // Belongs to an observation that is void now.
+            }
+            if let Some(at) = self.closers.last(&from.path) {
+                self.closers.add(to, at);
+            }
+            if self.sets.hint_count() > HINTS_MAX {
+                for path in self.sets.distrust() {
+                    self.mark(&path, true, true, false);
+                    self.scan.push(path);
+                }
             }
         }
         if from.is_dir {

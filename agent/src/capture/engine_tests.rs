@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -466,4 +467,35 @@ fn a_folder_renamed_during_the_first_sync_keeps_what_is_in_it() {
     assert!(!rig.engine.scan.is_done(), "the case is that the first comparison goes on");
     rig.settle();
     rig.check();
+}
+
+#[test]
+fn a_change_made_by_several_writes_arrives_when_its_writer_closes() {
+    let mut rig = started(&["u"]);
+    let path = rig.root.join("u/db");
+    fs::write(&path, b"generation one").unwrap();
+    rig.settle();
+    let content = |r: &Rig| r.replica.row(&p("u/db")).unwrap().unwrap().entry.hash().unwrap();
+    let one = content(&rig);
+    let mut writer = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    writer.write_all(b"generation ").unwrap();
+    writer.write_all(b"t").unwrap();
+    let end = Instant::now() + Duration::from_millis(100);
+    while Instant::now() < end {
+        rig.turn();
+        assert_eq!(content(&rig), one, "half a change was sent");
+    }
+    writer.write_all(b"wo").unwrap();
+    drop(writer);
+    rig.settle();
+    assert_eq!(content(&rig), ContentHash::of(b"generation two"));
+
+    // A file that nobody was seen to close is changed by single calls: it does not wait.
+    rig.engine.closers = Closers::default();
+    let mut log = fs::OpenOptions::new().append(true).open(&path).unwrap();
+    log.write_all(b", three").unwrap();
+    rig.engine.boundary().unwrap();
+    let before = Instant::now();
+    rig.until("there", |r| content(r) == ContentHash::of(b"generation two, three"));
+    assert!(before.elapsed() < Duration::from_millis(200));
 }

@@ -4,6 +4,7 @@
 //! write in progress – read in pieces – stat). The caller adds the third part of either proof: no event for the path by the next cookie.
 
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use rustix::fs::{self as rfs, FileType, SeekFrom};
 use rustix::io::Errno;
@@ -56,8 +57,16 @@ pub struct Known<'a> {
     pub scan: bool,
     /// Do not read while somebody has it open for writing.
     pub quiet_only: bool,
+    /// Its writers close it: how long ago it was written to and not closed since, and how long ago it was made or last closed.
+    pub unfinished: Option<(Duration, Duration)>,
     /// When the round's first cookie was made, wall clock.
     pub boundary: Time,
+}
+
+/// Whether a file of this size may be in the middle of a change made by several writes. Pauses between them, and what one such change takes, grow with the size; who writes for longer without closing keeps the file open.
+fn may_be_unfinished(size: u64, quiet: Duration, closed: Duration) -> bool {
+    let size = Duration::from_millis(size / (32 << 10));
+    quiet < Duration::from_millis(250) + size && closed < Duration::from_secs(1) + 4 * size
 }
 
 /// Where known chunks are: content, offset.
@@ -145,7 +154,8 @@ fn try_look(
     }
     let probe = lease_probe(file.as_fd());
     *writer = Some(probe == Probe::Writer);
-    if probe == Probe::Writer && known.quiet_only {
+    let unfinished = known.unfinished.is_some_and(|(quiet, closed)| may_be_unfinished(before.st_size as u64, quiet, closed));
+    if probe != Probe::Quiet && (known.quiet_only || unfinished) {
         return Ok(Look::Unstable { writer: true });
     }
     if before.st_size as u64 > DIRECT_MAX {

@@ -39,7 +39,7 @@ fn noise(len: usize, seed: u8) -> Vec<u8> {
 }
 
 fn ask<'a>(row: Option<&'a Row>) -> Known<'a> {
-    Known { row, content: true, scan: false, quiet_only: false, boundary: Time { secs: i64::MAX, nanos: 0 } }
+    Known { row, content: true, scan: false, quiet_only: false, unfinished: None, boundary: Time { secs: i64::MAX, nanos: 0 } }
 }
 
 fn found(look: Look) -> (Found, Option<(Large, Option<ContentHash>)>) {
@@ -154,7 +154,22 @@ fn a_rewritten_file_is_a_recipe_of_the_old_ones_chunks() {
 #[test]
 fn a_mount_below_the_root_is_unreadable_and_not_looked_at_again_and_again() {
     let root = Root::open(std::path::Path::new("/")).unwrap();
-    let known = Known { row: None, content: true, scan: true, quiet_only: false, boundary: Time::default() };
+    let known = Known { row: None, content: true, scan: true, quiet_only: false, unfinished: None, boundary: Time::default() };
     let (seen, _) = look(&root, &p("proc"), &known, |_| None, &NoChunks);
     assert!(matches!(seen, Look::Unreadable(Errno::XDEV)), "{seen:?}: else its group never has a cut, and a first sync never ends");
+}
+
+#[test]
+fn a_change_of_several_writes_is_left_alone_until_its_writer_closes_or_long_rests() {
+    let place = place();
+    let mut writer = File::create(place.dir.path().join("x")).unwrap();
+    writer.write_all(b"half").unwrap();
+    let at = |quiet, closed| Known { unfinished: Some((Duration::from_millis(quiet), Duration::from_millis(closed))), ..ask(None) };
+    let see = |known: &Known<'_>| look(&place.root, &p("x"), known, |_| None, &NoChunks).0;
+    assert!(matches!(see(&at(100, 500)), Look::Unstable { writer: true }), "nothing moves, but the change may be half made");
+    assert!(matches!(see(&at(900, 900)), Look::Seen(..)), "nobody is kept waiting for ever");
+    assert!(matches!(see(&at(0, 2000)), Look::Seen(..)), "who writes on and on keeps it open");
+    writer.write_all(b" and whole").unwrap();
+    drop(writer);
+    assert!(matches!(see(&at(0, 0)), Look::Seen(..)), "closed: the strict proof decides");
 }

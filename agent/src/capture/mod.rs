@@ -5,6 +5,7 @@
 //! what the thread is doing to those who watch it.
 
 pub mod bulk;
+mod closers;
 mod cut;
 pub mod dirty;
 pub mod engine;
