@@ -8,7 +8,9 @@
 //! Rules: waits are bounded and look at a condition, never at the clock alone; every random choice comes from a seed that a failing
 //! test prints; only processes started here are ever signalled, by their id.
 
+pub mod adversary;
 pub mod bench;
+pub mod besieged;
 pub mod dovecot;
 pub mod fence;
 pub mod fenced;

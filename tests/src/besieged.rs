@@ -1,0 +1,87 @@
+//! A mirror of adversarial writers whose standby is killed again and again: each recovered replica must be a state the store had.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use crate::adversary::{Held, Sizes, Stage, WRITERS, check, prepare};
+use crate::gate::{nap_until, wait_until};
+use crate::netns::Cable;
+use crate::node::Pair;
+use crate::rng::{Rng, Seed};
+use crate::scratch::Scratch;
+use crate::tree::{Layout, Rules, wait_identical};
+use crate::twinbox::Program;
+
+/// What was seen.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Recovered replicas looked at.
+    pub samples: usize,
+    /// Of these such as held something new, by file.
+    pub fresh: std::collections::BTreeMap<&'static str, usize>,
+    /// Changes made, by writer.
+    pub made: Vec<(&'static str, u64)>,
+    /// Last LSN.
+    pub lsn: u64,
+}
+
+/// Runs the writers for `time` and kills the standby `kills` times, evenly; panics on the first state that never was.
+#[must_use]
+pub fn run(time: Duration, kills: usize, sizes: Sizes) -> Seen {
+    let seed = Seed::from_env();
+    let scratch = Scratch::new("besieged");
+    let (root, replica, copies) = (scratch.dir("store"), scratch.dir("replica"), scratch.dir("copies"));
+    let stage = Stage::new(&root, sizes);
+    prepare(&stage).expect("prepare");
+    let cable = Cable::new();
+    let programs = [Program::within(&cable.a), Program::within(&cable.b)];
+    let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
+    let mut pair = Pair::start(scratch.path(), &root, &replica, Layout::Plain, programs, listen);
+    pair.wait_drained(Duration::from_secs(120));
+    let mut seen = Seen::default();
+    let mut last = Held::default();
+    std::thread::scope(|scope| {
+        stage.run(scope, seed.0);
+        let _end = End(&stage);
+        let mut rng = Rng::part(seed.0, 699);
+        let (began, share) = (Instant::now(), time / kills.max(1) as u32);
+        for kill in 0..kills {
+            let jitter = Duration::from_micros(rng.below(share.as_micros().min(1_000_000) as usize / 2 + 1) as u64);
+            nap_until((began + share * kill as u32).max(Instant::now()) + share / 4 + jitter);
+            cable.cut();
+            pair.standby.kill9();
+            pair.standby.start();
+            wait_until(Duration::from_secs(60), "the standby to recover", || {
+                pair.standby.status().is_some_and(|s| s.said.mirrors.iter().all(|m| m.lsn.applied == m.lsn.durable))
+            });
+            let (held, wrong) = check(&replica, &copies);
+            assert!(wrong.is_empty(), "kill {kill}: the replica is in a state that never was:\n{}\n{held:?}", wrong.join("\n"));
+            seen.samples += 1;
+            for (name, generation) in &held.0 {
+                *seen.fresh.entry(name).or_default() += usize::from(last.0.get(name) != Some(generation));
+            }
+            last = held;
+            cable.restore();
+            pair.primary.agent().assert_running();
+        }
+        nap_until(began + time);
+    });
+    seen.made = WRITERS.into_iter().zip(stage.made.iter().map(|n| n.load(std::sync::atomic::Ordering::SeqCst))).collect();
+    if let Err(why) = wait_identical(&root, &replica, Rules::of(Layout::Plain), Duration::from_secs(120)) {
+        panic!("not identical {why}\nprimary: {:#?}", pair.primary.status());
+    }
+    let (_, wrong) = check(&replica, &copies);
+    assert!(wrong.is_empty(), "at the end:\n{}", wrong.join("\n"));
+    seen.lsn = pair.primary.status().map_or(0, |s| s.said.mirrors[0].lsn.durable);
+    pair.primary.stop();
+    pair.standby.stop();
+    seen
+}
+
+struct End<'a>(&'a Stage);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}

@@ -1,0 +1,18 @@
+//! Adversarial writers for as long as wanted, the standby killed under them: `cargo run -p twinbox-tests --bin adversary [-- --seconds N] [--kills N]`.
+//! Root needed (network namespaces). Ends with a panic at the first state that never was; says what was looked at.
+
+use std::time::Duration;
+
+use twinbox_tests::adversary::Sizes;
+use twinbox_tests::besieged;
+
+fn option(name: &str, default: usize) -> usize {
+    let mut words = std::env::args().skip_while(|w| w != name).skip(1);
+    words.next().map_or(default, |w| w.parse().unwrap_or_else(|_| panic!("{name} wants a number")))
+}
+
+fn main() {
+    let sizes = Sizes { between: 20 << 20, large: 64 << 20 };
+    let seen = besieged::run(Duration::from_secs(option("--seconds", 600) as u64), option("--kills", 100), sizes);
+    println!("{seen:#?}");
+}
