@@ -23,6 +23,8 @@ use rustls::server::ParsedCertificate;
 use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::reset::ResetKey;
+
 /// A PEM Ed25519 key takes 200 bytes; anything near this is not one.
 const KEY_FILE_MAX: u64 = 16 * 1024;
 const CERT_NAME: &str = "twinbox-node";
@@ -160,6 +162,7 @@ pub enum IdentityError {
 pub struct NodeKey {
     certified: Arc<CertifiedKey>,
     fingerprint: Fingerprint,
+    reset: Arc<ResetKey>,
 }
 
 impl fmt::Debug for NodeKey {
@@ -202,15 +205,21 @@ impl NodeKey {
         self.certified.clone()
     }
 
+    /// See [`super::reset`].
+    pub(super) fn reset(&self) -> Arc<ResetKey> {
+        self.reset.clone()
+    }
+
     fn from_pair(pair: &KeyPair) -> Result<Self, IdentityError> {
         let mut params = CertificateParams::new(vec![CERT_NAME.to_owned()]).map_err(IdentityError::Generate)?;
         params.distinguished_name.push(DnType::CommonName, CERT_NAME);
         let cert = CertificateDer::from(params.self_signed(pair).map_err(IdentityError::Generate)?);
+        let reset = Arc::new(ResetKey::new(&pair.serialize_der()));
         let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pair.serialize_der()));
         let signer = rustls::crypto::ring::sign::any_supported_type(&der)?;
         // Taken from the certificate, by the very function that will judge it at the other end.
         let fingerprint = Fingerprint::of_certificate(&cert)?;
-        Ok(Self { certified: Arc::new(CertifiedKey::new(vec![cert], signer)), fingerprint })
+        Ok(Self { certified: Arc::new(CertifiedKey::new(vec![cert], signer)), fingerprint, reset })
     }
 }
 

@@ -15,7 +15,7 @@ use std::net::{IpAddr, Ipv6Addr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use quinn::{ConnectionError, EndpointConfig, ServerConfig, TokioRuntime, TransportConfig};
+use quinn::{ConnectionError, ServerConfig, TokioRuntime, TransportConfig};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
@@ -60,14 +60,14 @@ pub(super) struct Core {
 impl Core {
     pub(super) fn new(socket: UdpSocket, listening: bool, key: NodeKey, pinned: PinnedPeers, tuning: Tuning) -> Result<Self, BindError> {
         let outgoing = tuning.outgoing()?;
+        let config = key.reset().endpoint();
         let tls = Tls::new(key, pinned);
         let mut base = ServerConfig::with_crypto(Arc::new(tls.server(false)?));
         base.transport_config(tuning.incoming()?)
             .max_incoming(ATTEMPTS_MAX)
             .incoming_buffer_size(ATTEMPT_BUFFER)
             .incoming_buffer_size_total(ATTEMPT_BUFFER * ATTEMPTS_MAX as u64);
-        let quic = quinn::Endpoint::new(EndpointConfig::default(), listening.then(|| base.clone()), socket, Arc::new(TokioRuntime))
-            .map_err(BindError::Io)?;
+        let quic = quinn::Endpoint::new(config, listening.then(|| base.clone()), socket, Arc::new(TokioRuntime)).map_err(BindError::Io)?;
         let inbox = Inbox::default();
         if !listening {
             inbox.close();

@@ -22,7 +22,8 @@ mod inbound;
 pub mod offer;
 pub mod pairing;
 pub mod pinned;
-pub mod tls;
+pub mod reset;
+mod tls;
 pub mod tuning;
 
 pub use code::{CodeError, Offer, OfferError, UnixSecs, valid_node_name};

@@ -123,3 +123,40 @@ async fn strangers_in_a_crowd_do_not_stop_a_good_peer() {
     }
     assert_eq!(soon(b.accept()).await.unwrap().node, "a");
 }
+
+#[tokio::test]
+async fn a_peer_that_was_killed_and_is_back_says_so_before_any_timeout() {
+    let (a, key) = (endpoint(), NodeKey::generate().unwrap());
+    let bind = |addr| {
+        let pins = PinnedPeers::new();
+        pins.pin(a.fingerprint(), "a").unwrap();
+        Endpoint::bind(Some(addr), key.clone(), pins, Tuning::default()).unwrap()
+    };
+    // Its own runtime, so that it can end as after kill -9: the port is free, and nobody said goodbye.
+    let life = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let first = {
+        let _within = life.enter();
+        bind("127.0.0.1:0".parse().unwrap())
+    };
+    let at = addr(&first);
+    a.pinned().pin(first.fingerprint(), "b").unwrap();
+    let connection = soon(a.dial(at, key.fingerprint())).await.unwrap();
+    let held = soon(first.accept()).await.unwrap();
+    life.shutdown_background();
+    drop((held, first));
+    let again = soon(async {
+        loop {
+            let pins = PinnedPeers::new();
+            match Endpoint::bind(Some(at), key.clone(), pins, Tuning::default()) {
+                Ok(endpoint) => return endpoint,
+                Err(BindError::InUse { .. }) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    })
+    .await;
+    let began = std::time::Instant::now();
+    let ConnectionError::Reset = soon(connection.closed()).await else { panic!("not by a reset") };
+    assert!(began.elapsed() < Duration::from_secs(4), "the idle timeout is 5 s: {:?}", began.elapsed());
+    soon(again.close()).await;
+}
