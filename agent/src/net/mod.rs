@@ -22,8 +22,8 @@ mod inbound;
 pub mod offer;
 pub mod pairing;
 pub mod pinned;
-pub mod reset;
-mod tls;
+mod reset;
+pub mod tls;
 pub mod tuning;
 
 pub use code::{CodeError, Offer, OfferError, UnixSecs, valid_node_name};
