@@ -27,6 +27,16 @@ impl Client {
     /// Sends a line, gives the answer without its newline.
     pub fn ask(&mut self, line: &str) -> io::Result<String> {
         self.0.get_mut().write_all(format!("{line}\n").as_bytes())?;
+        self.answer()
+    }
+
+    /// Asks for a fence and does not wait.
+    pub fn send(&mut self, path: &Path, seconds: u64) -> io::Result<()> {
+        self.0.get_mut().write_all(format!("FENCE timeout={seconds}s path={}\n", path.display()).as_bytes())
+    }
+
+    /// The next answer, without its newline.
+    pub fn answer(&mut self) -> io::Result<String> {
         let mut answer = String::new();
         if self.0.read_line(&mut answer)? == 0 || answer.pop() != Some('\n') {
             return Err(io::ErrorKind::UnexpectedEof.into());

@@ -1,8 +1,8 @@
 //! Delivery lag, from the rename on the primary to the name on the replica, at a steady pace; with the floor of the same run and
 //! the memory of each end over many files.
 //!
-//! `cargo run -p twinbox-tests --bin lag [-- --mirror] [--rate N] [--seconds N] [--files N]`. Two agents on loopback; with `--mirror`,
-//! one process (`twinbox mirror`). Figures that are compared with anything want `--release` for the product (`TWINBOX_BIN`).
+//! `cargo run -p twinbox-tests --bin lag [-- --mirror] [--fences] [--rate N] [--seconds N] [--files N]`. Two agents on loopback; with `--mirror`,
+//! one process (`twinbox mirror`); with `--fences`, each delivery is followed by a fence of its own, waited for beside the next ones. Figures that are compared with anything want `--release` for the product (`TWINBOX_BIN`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
 use twinbox_tests::bench::{Samples, floor, memory};
+use twinbox_tests::fence::Client;
 use twinbox_tests::gate::nap_until;
 use twinbox_tests::live::Live;
 use twinbox_tests::mailload::message;
@@ -105,6 +106,33 @@ fn deliver(root: &Path, n: usize, body: &[u8]) -> (String, Instant) {
     (name, Instant::now())
 }
 
+/// Fences every path, some at a time; how long each took.
+fn fences(state: &Path, asked: &Receiver<PathBuf>) -> Samples {
+    const LANES: usize = 8;
+    let samples = std::sync::Mutex::new(Samples::default());
+    std::thread::scope(|scope| {
+        let mut lanes: Vec<Sender<(PathBuf, Instant)>> = vec![];
+        for _ in 0..LANES {
+            let (send, work) = channel::<(PathBuf, Instant)>();
+            lanes.push(send);
+            let samples = &samples;
+            scope.spawn(move || {
+                let mut client = Client::connect(state).expect("the agent's socket");
+                while let Ok((path, asked)) = work.recv() {
+                    assert!(client.fence(&path, 30).expect("an answer"), "a fence failed");
+                    samples.lock().expect("no panics while locked").push(asked.elapsed());
+                }
+            });
+        }
+        let mut n = 0;
+        while let Ok(path) = asked.recv() {
+            n += 1;
+            let _ = lanes[n % LANES].send((path, Instant::now()));
+        }
+    });
+    samples.into_inner().expect("no panics while locked")
+}
+
 fn main() {
     let (rate, seconds, files) = (option("--rate", 100), option("--seconds", 30), option("--files", 100_000));
     let single = std::env::args().any(|w| w == "--mirror");
@@ -119,6 +147,10 @@ fn main() {
         Mirror::Live(Box::new(Live::start(&root, &replica, scratch.path(), Layout::Maildir)))
     } else {
         Mirror::Pair(Box::new(Pair::on_loopback(scratch.path(), &root, &replica, Layout::Maildir)))
+    };
+    let state = match &mirror {
+        Mirror::Pair(pair) if std::env::args().any(|w| w == "--fences") => Some(pair.primary.state.clone()),
+        _ => None,
     };
     let rules = Rules::of(Layout::Maildir);
     let settle = || wait_identical(&root, &replica, rules, LIMIT).unwrap_or_else(|why| panic!("{why}"));
@@ -137,12 +169,21 @@ fn main() {
         let began = Instant::now();
         let mut sent = BTreeMap::new();
         let mut late = Duration::ZERO;
+        let (ask, asked) = channel::<PathBuf>();
+        let fencing = state.as_ref().map(|state| scope.spawn(move || fences(state, &asked)));
         for n in 0..rate * seconds {
             let due = began + Duration::from_secs_f64(n as f64 / rate as f64);
             nap_until(due);
             late = late.max(due.elapsed());
             let (name, moment) = deliver(&root, n, &bodies[n % bodies.len()]);
+            if fencing.is_some() {
+                let _ = ask.send(root.join(format!("user{}/Maildir/new/{name}", n % USERS)));
+            }
             sent.insert(name, moment);
+        }
+        drop(ask);
+        if let Some(fenced) = fencing {
+            println!("fences         {}", fenced.join().expect("the fences panicked"));
         }
         settle();
         let floors = floor(scratch.path(), 300).expect("floor");
