@@ -39,6 +39,8 @@ pub struct Job {
     pub base: Option<(ContentHash, Large)>,
     /// The file still has the inode of that content and one name: pages may be compared.
     pub in_place: bool,
+    /// Some process has it mapped for writing.
+    pub mapped: bool,
     /// Answer to a miss: every byte, no copies.
     pub whole: bool,
     /// Chunks shipped lately: a file rewritten under another name (and then renamed) finds its old content here.
@@ -131,11 +133,17 @@ fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
     if FileType::from_raw_mode(before.st_mode) != FileType::RegularFile {
         return Err(Failure::Unstable);
     }
-    let len = before.st_size as u64;
     let probe = lease_probe(file.as_fd());
-    if probe != Probe::Quiet {
+    let before = if probe == Probe::Quiet {
+        before
+    } else {
+        if job.mapped {
+            let _ = rfs::fdatasync(&file); // A store moves the ctime once more then.
+        }
         look::wait_for_write(&file)?;
-    }
+        rfs::fstat(&file)?
+    };
+    let len = before.st_size as u64;
     let patch = match &job.base {
         Some((hash, large)) if job.in_place && !job.whole => patch(&file, len, *hash, large)?,
         _ => None,

@@ -173,6 +173,9 @@ impl Engine {
                 .map(|closed| (now.duration_since(mark.last), now.duration_since(closed))),
             boundary,
         };
+        if self.mapped.contains(&path) {
+            super::mapped::sync(&self.root, &path); // A store while it is read moves its ctime then.
+        }
         let view = &self.view;
         let (seen, writer) = look(&self.root, &path, &known, |hash| view.large(hash).ok().flatten(), &*self.recent);
         match writer {
@@ -259,7 +262,9 @@ impl Engine {
             (Some(local), Ok(Some(stat))) => stat.st_ino == local.ino && stat.st_nlink == 1,
             _ => false,
         };
-        let job = Job { id, out: session.bulk.clone(), path: path.clone(), base, in_place, whole: false, known: self.recent.clone() };
+        let mapped = self.mapped.contains(&path);
+        let job =
+            Job { id, out: session.bulk.clone(), path: path.clone(), base, in_place, mapped, whole: false, known: self.recent.clone() };
         self.sets.group(name).staging.insert(path, id);
         let _ = self.jobs.send(job); // Ended only when this thread ends.
         Ok(())

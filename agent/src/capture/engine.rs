@@ -181,6 +181,8 @@ pub(super) struct Engine {
     pub(super) recent: Arc<Mutex<RecentChunks>>,
     pub(super) larges: HashMap<RelPath, (Large, Option<ContentHash>)>,
     pub(super) writers: BTreeMap<RelPath, Instant>,
+    /// Of these the files that are mapped for writing.
+    pub(super) mapped: BTreeSet<RelPath>,
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
     pub(super) jobs: Sender<Job>,
     pub(super) job_id: u64,
@@ -214,6 +216,8 @@ pub(super) struct Engine {
     receiver: Receiver<Command>,
     wake: Arc<OwnedFd>,
     handle: CaptureHandle,
+    /// Ends the thread that looks for mappings.
+    _mapping: Sender<()>,
     writers_at: Instant,
     published_at: Instant,
     next_sweep: Option<Instant>,
@@ -259,6 +263,7 @@ impl Engine {
         let outbox = Outbox::new(position, config.known.reserved);
         let watch = Watch::new(root.fd(), &cookie_parent(&config.mirror_dir))?;
         let jobs = bulk::start(root.clone(), handle.clone());
+        let mapping = super::mapped::start(root.clone(), config.root.clone(), handle.clone());
         let now = Instant::now();
         let mut engine = Engine {
             complete: config.known.complete,
@@ -277,6 +282,7 @@ impl Engine {
             recent: Arc::default(),
             larges: HashMap::new(),
             writers: BTreeMap::new(),
+            mapped: BTreeSet::new(),
             unreadable: BTreeMap::new(),
             jobs,
             job_id: 0,
@@ -302,6 +308,7 @@ impl Engine {
             receiver,
             wake,
             handle,
+            _mapping: mapping,
             writers_at: now,
             published_at: now,
             rechecks: BTreeMap::new(),
@@ -419,6 +426,9 @@ impl Engine {
         if self.sets.is_dirty(&group, path) {
             return Ok(()); // Looked at anyway; marked again, it would seem to be written to just now.
         }
+        if self.mapped.contains(path) {
+            super::mapped::sync(&self.root, path);
+        }
         let known = match self.sets.seen(&group, path) {
             // Being read: that look sees changes itself, and is compared here once it is done. Marked dirty, it would begin anew for ever.
             Pending::Staging => return Ok(()),
@@ -431,6 +441,17 @@ impl Engine {
             _ => {
                 self.writers.remove(path);
             }
+        }
+        Ok(())
+    }
+
+    /// What is mapped for writing changes without an event: it is followed like a file that is open for writing.
+    pub(super) fn mapped(&mut self, paths: BTreeSet<RelPath>) -> Result<(), CaptureError> {
+        self.mapped = paths.into_iter().filter(|path| !self.config.selection.excludes(path.as_bytes(), false)).collect();
+        let now = Instant::now();
+        for path in self.mapped.clone() {
+            self.writers.entry(path.clone()).or_insert(now);
+            self.check_writer(&path)?;
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 //!
 //! Commands come through an unbounded queue, but each sender waits for an answer or is bounded by the in-flight window; a byte in an eventfd wakes the thread.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
@@ -90,6 +90,8 @@ pub enum Command {
     Heard,
     /// From the bulk thread.
     Bulk(Box<BulkResult>),
+    /// Files mapped for writing, all there are.
+    Mapped(BTreeSet<RelPath>),
     /// Answer when everything that is dirty now is applied on the standby.
     Sync(oneshot::Sender<()>),
     /// Answer when everything that has changed by now, below some paths, is safe.

@@ -11,6 +11,7 @@ pub mod dirty;
 pub mod engine;
 pub mod fence;
 pub mod look;
+mod mapped;
 pub mod messages;
 pub mod pulse;
 pub mod recent;

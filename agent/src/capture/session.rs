@@ -91,6 +91,7 @@ impl Engine {
             Command::Staged(hash) => self.staged(hash),
             Command::Miss(hash) => self.miss(hash)?,
             Command::Bulk(result) => self.bulk_done(*result),
+            Command::Mapped(paths) => self.mapped(paths)?,
             Command::Sync(reply) => self.wait_for_sync(reply),
             Command::Fence(request) => self.fence(request),
             Command::TxnBegin { path, time, reply } => self.begin_txn(path, time, reply),
@@ -407,6 +408,7 @@ impl Engine {
                     path,
                     base: None,
                     in_place: false,
+                    mapped: false,
                     whole: true,
                     known: self.recent.clone(),
                 };
