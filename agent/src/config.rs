@@ -234,6 +234,8 @@ pub struct Mirror {
     pub exclude: Vec<Glob>,
     /// How often the tree is compared with the disk by a full stat scan.
     pub sweep_interval: Duration,
+    /// A group that could not be cut for this long is sent as it is read; `None`: it waits, and the lag shows.
+    pub fuzzy_after: Option<Duration>,
 }
 
 impl Mirror {

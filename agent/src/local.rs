@@ -105,6 +105,7 @@ impl LocalPair {
             grouping: Grouping::new(vec![]),
             adopt: spec.adopt,
             sweep: None,
+            fuzzy_after: None,
         };
         let bounds = Bounds::default();
         let peer = PeerSpec { node: "standby".into(), addresses: vec![addr], fingerprint: sk.fingerprint() };

@@ -46,6 +46,8 @@ pub struct MirrorSpec {
     pub adopt: bool,
     /// Compare everything this often.
     pub sweep: Option<Duration>,
+    /// Send a group that could not be cut for this long as it is read.
+    pub fuzzy_after: Option<Duration>,
 }
 
 /// The other node.
@@ -256,6 +258,7 @@ impl Roles {
                         window_bytes: bounds.window_bytes,
                         dirty_max: bounds.dirty_max,
                         sweep: spec.sweep,
+                        fuzzy_after: spec.fuzzy_after,
                     };
                     let mirror = spec.name.clone();
                     let capture = Capture::start(config).map_err(|source| RoleError::Capture { mirror, source })?;
@@ -466,7 +469,7 @@ fn primary_status(primary: &Primary) -> MirrorStatus {
         rates,
         totals: Totals { wire_sent: wire.0, wire_received: wire.1, txns: now.txns, files: now.files },
         watches: Watches { count: now.watches, kernel_bytes: now.watches * KERNEL_BYTES_PER_WATCH },
-        fuzzy_cuts: 0,
+        fuzzy_cuts: now.fuzzy_cuts,
         unreadable: Unreadable {
             count: now.unreadable.len() as u64,
             sample: now.unreadable.iter().take(10).map(|(path, why)| format!("{path}: {why}")).collect(),

@@ -174,6 +174,8 @@ impl Op {
 pub const FLAG_INITIAL: u8 = 1;
 /// A path could not be read and was left out; status says which.
 pub const FLAG_PARTIAL: u8 = 2;
+/// Not a cut: policy said that a group which never rests is sent as it is read, file by file.
+pub const FLAG_FUZZY: u8 = 4;
 
 /// Ends a transaction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use twinbox_protocol::entry::Time;
 use twinbox_protocol::ids::Lsn;
-use twinbox_protocol::ops::{FLAG_INITIAL, FLAG_PARTIAL, Op};
+use twinbox_protocol::ops::{FLAG_FUZZY, FLAG_INITIAL, FLAG_PARTIAL, Op};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
@@ -52,7 +52,8 @@ impl Engine {
     /// One round; `true` when it should go on at once.
     pub(super) fn round(&mut self) -> Result<bool, CaptureError> {
         let now = Instant::now();
-        if !self.can_cut() || !self.sets.has_work(now) {
+        let overdue = self.config.fuzzy_after.is_some_and(|limit| self.sets.oldest().is_some_and(|since| now.duration_since(since) >= limit));
+        if !self.can_cut() || !(overdue || self.sets.has_work(now)) {
             return Ok(false);
         }
         let boundary = wall();
@@ -99,7 +100,9 @@ impl Engine {
             // A rename since may have joined it to another.
             let unit: BTreeSet<Group> = unit.iter().flat_map(|name| self.sets.closure(name)).collect();
             if self.is_cut(&unit) {
-                committed |= self.commit(&unit)?;
+                committed |= self.commit(&unit, 0)?;
+            } else if self.is_overdue(&unit) {
+                committed |= self.commit_fuzzy(&unit, boundary)?;
             } else {
                 again = true;
                 unit.iter().for_each(|name| self.sets.thaw(name));
@@ -121,6 +124,25 @@ impl Engine {
         let stale = if whole { self.sets.stale_links(unit) } else { vec![] };
         stale.iter().for_each(|path| self.mark(path, true, true, false));
         whole && stale.is_empty()
+    }
+
+    /// Whether policy says not to wait for a cut of these groups any longer.
+    fn is_overdue(&mut self, unit: &BTreeSet<Group>) -> bool {
+        let Some(limit) = self.config.fuzzy_after.filter(|_| self.complete && self.scan.is_done()) else { return false };
+        let since = unit.iter().filter_map(|name| self.sets.group(name).since).min();
+        !self.sets.is_held(unit) && since.is_some_and(|since| since.elapsed() >= limit)
+    }
+
+    /// Sends what can be read now, each file for itself at rest, the group not at one point in time: flagged, counted and said.
+    fn commit_fuzzy(&mut self, unit: &BTreeSet<Group>, boundary: Time) -> Result<bool, CaptureError> {
+        let (mut files, mut bytes, mut parents) = (0, 0, BTreeSet::new());
+        for name in unit {
+            self.look_at_group(name, boundary, &mut files, &mut bytes, &mut parents)?;
+        }
+        tracing::warn!(mirror = %self.config.name, groups = unit.len(), "a group did not rest: sent as it was read, not at one point in time (fuzzy_after)");
+        tracing::debug!(groups = ?unit.iter().map(|name| String::from_utf8_lossy(name)).collect::<Vec<_>>(), "fuzzy");
+        self.summary.fuzzy_cuts += 1;
+        self.commit(unit, FLAG_FUZZY)
     }
 
     fn look_at_group(
@@ -271,7 +293,7 @@ impl Engine {
     }
 
     /// Plans and ships what a unit of groups has captured; `true` when a txn went out.
-    fn commit(&mut self, unit: &BTreeSet<Group>) -> Result<bool, CaptureError> {
+    fn commit(&mut self, unit: &BTreeSet<Group>, flags: u8) -> Result<bool, CaptureError> {
         let (mut seen, hints, since) = self.sets.commit(unit);
         if seen.is_empty() && hints.is_empty() {
             self.sets.note_cut(unit);
@@ -299,7 +321,7 @@ impl Engine {
                 return Ok(true);
             }
         };
-        let mut flags = if self.complete { 0 } else { FLAG_INITIAL };
+        let mut flags = flags | if self.complete { 0 } else { FLAG_INITIAL };
         for (path, seen) in &mut seen {
             match seen {
                 Seen::Skip => flags |= FLAG_PARTIAL,
@@ -307,8 +329,10 @@ impl Engine {
                 Seen::Absent => {}
             }
         }
-        self.sets.note_cut(unit);
-        self.holds_cut(unit);
+        if flags & FLAG_FUZZY == 0 {
+            self.sets.note_cut(unit); // Else what a fence waits for may still be dirty.
+            self.holds_cut(unit);
+        }
         if let Some((groups, _)) = &mut self.last_groups {
             groups.retain(|name| !unit.contains(name));
         }

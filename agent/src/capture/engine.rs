@@ -67,6 +67,8 @@ pub struct CaptureConfig {
     pub dirty_max: usize,
     /// Compare the whole store with the manifest this often, if at all.
     pub sweep: Option<Duration>,
+    /// Send a group that could not be cut for this long as it is read.
+    pub fuzzy_after: Option<Duration>,
 }
 
 /// Why a primary cannot work, or stopped.

@@ -78,6 +78,7 @@ impl Rig {
             window_bytes: 32 << 20,
             dirty_max: 200_000,
             sweep: None,
+            fuzzy_after: None,
         };
         crate::sys::ignore_sigio();
         let (commands, receiver) = channel();
@@ -498,4 +499,23 @@ fn a_change_made_by_several_writes_arrives_when_its_writer_closes() {
     let before = Instant::now();
     rig.until("there", |r| content(r) == ContentHash::of(b"generation two, three"));
     assert!(before.elapsed() < Duration::from_millis(200));
+}
+
+#[test]
+fn a_group_that_never_rests_waits_or_is_sent_as_policy_says() {
+    for policy in [None, Some(Duration::from_millis(100))] {
+        let mut rig = started(&["u"]);
+        rig.engine.config.fuzzy_after = policy;
+        rig.stage = false; // One member of the group never arrives on its bulk stream.
+        fs::write(rig.root.join("u/big"), big()).unwrap();
+        fs::write(rig.root.join("u/a"), b"mail").unwrap();
+        let end = Instant::now() + Duration::from_millis(400);
+        while Instant::now() < end {
+            rig.turn();
+        }
+        assert_eq!((rig.has("u/a"), rig.engine.summary.fuzzy_cuts > 0), (policy.is_some(), policy.is_some()));
+        rig.stage = true;
+        rig.settle();
+        rig.check();
+    }
 }

@@ -167,6 +167,8 @@ pub struct CaptureStatus {
     pub scanning: bool,
     /// Last thing that went wrong.
     pub last_error: Option<(SystemTime, String)>,
+    /// Txns that are no cuts, by policy.
+    pub fuzzy_cuts: u64,
     /// Rounds that were spoiled.
     pub spoiled_rounds: u64,
     /// Why the mirror ended, if it did.

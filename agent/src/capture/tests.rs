@@ -72,6 +72,7 @@ impl World {
             window_bytes: 32 << 20,
             dirty_max: 200_000,
             sweep: None,
+            fuzzy_after: None,
         };
         let capture = Capture::start(config).unwrap();
         let handle = capture.handle();

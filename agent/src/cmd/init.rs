@@ -28,6 +28,7 @@ pub fn run(args: &Init, quiet: bool) -> Result<ExitCode, Failure> {
             groups: vec![],
             exclude: vec![],
             sweep_interval: DEFAULT_SWEEP,
+            fuzzy_after: None,
         });
     }
     let config = Config {

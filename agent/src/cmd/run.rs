@@ -40,6 +40,7 @@ fn mirrors(config: &Config, adopt: &[String]) -> Vec<MirrorSpec> {
         grouping: mirror.grouping(),
         adopt: adopt.iter().any(|name| name == mirror.name.as_str()),
         sweep: (!mirror.sweep_interval.is_zero()).then_some(mirror.sweep_interval),
+        fuzzy_after: mirror.fuzzy_after,
     };
     config.mirrors.iter().map(spec).collect()
 }

@@ -14,7 +14,7 @@ use crate::duration::{duration_text, parse_duration};
 use crate::glob::Glob;
 
 const TOP_KEYS: [&str; 7] = ["node", "state", "listen", "limits", "log", "mirror", "peer"];
-const MIRROR_KEYS: [&str; 7] = ["name", "root", "layout", "role", "groups", "exclude", "sweep_interval"];
+const MIRROR_KEYS: [&str; 8] = ["name", "root", "layout", "role", "groups", "exclude", "sweep_interval", "fuzzy_after"];
 const PEER_KEYS: [&str; 3] = ["node", "addresses", "fingerprint"];
 const LOG_KEYS: [&str; 2] = ["level", "format"];
 
@@ -134,10 +134,23 @@ fn mirror(reader: &mut Reader<'_, '_, '_>) -> Option<Mirror> {
     let groups = reader.list("groups", pattern);
     let exclude = reader.list("exclude", pattern);
     let sweep = match reader.value("sweep_interval") {
-        Some(_) => reader.parsed("sweep_interval", sweep_interval),
+        Some(_) => reader.parsed("sweep_interval", |text| interval("sweep_interval", text)),
         None => Some(DEFAULT_SWEEP),
     };
-    Some(Mirror { name: name?, root: root?, layout: layout?, role: role?, groups: groups?, exclude: exclude?, sweep_interval: sweep? })
+    let fuzzy_after = match reader.value("fuzzy_after") {
+        Some(_) => Some(reader.parsed("fuzzy_after", |text| interval("fuzzy_after", text))?),
+        None => None,
+    };
+    Some(Mirror {
+        name: name?,
+        root: root?,
+        layout: layout?,
+        role: role?,
+        groups: groups?,
+        exclude: exclude?,
+        sweep_interval: sweep?,
+        fuzzy_after,
+    })
 }
 
 fn peer(reader: &mut Reader<'_, '_, '_>) -> Option<Peer> {
@@ -172,8 +185,7 @@ fn pattern(text: &str) -> Result<Glob, ProblemKind> {
         .map_err(|source| ProblemKind::Pattern { pattern: text.chars().take(80).collect::<String>().escape_debug().to_string(), source })
 }
 
-fn sweep_interval(text: &str) -> Result<Duration, ProblemKind> {
-    let key = "sweep_interval";
+fn interval(key: &'static str, text: &str) -> Result<Duration, ProblemKind> {
     let interval = parse_duration(text).map_err(|source| ProblemKind::Duration { key, source })?;
     if (SWEEP_MIN..=SWEEP_MAX).contains(&interval) {
         return Ok(interval);

@@ -96,7 +96,15 @@ fn write_mirror(out: &mut String, mirror: &Mirror) -> std::fmt::Result {
         globs => writeln!(out, "exclude = {}", list(globs))?,
     }
     writeln!(out, "# How often everything is compared with the disk (names and times, not content).")?;
-    writeln!(out, "sweep_interval = {}", quoted(&duration_text(mirror.sweep_interval)))
+    writeln!(out, "sweep_interval = {}", quoted(&duration_text(mirror.sweep_interval)))?;
+    writeln!(
+        out,
+        "# A group that never rests is sent after this time as it is read, not at one point in time (counted in status). Without: it waits."
+    )?;
+    match mirror.fuzzy_after {
+        None => writeln!(out, "# fuzzy_after = \"1m\""),
+        Some(time) => writeln!(out, "fuzzy_after = {}", quoted(&duration_text(time))),
+    }
 }
 
 /// Adds `peer` to the file at `path`, or updates the peer of that name; atomically, keeping mode, owner and comments.
