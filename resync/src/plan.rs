@@ -404,7 +404,8 @@ impl Planner<'_> {
         }
         for other in self.view.by_ino(found.local.ino)? {
             let still = match self.seen.get(&other) {
-                None => true,
+                // A name nobody looked at and that has something else is of a file that had this inode number before.
+                None => self.view.row(&other)?.is_some_and(|row| row.entry.kind == found.entry.kind),
                 Some(Seen::Present(f)) => f.local.ino == found.local.ino,
                 Some(_) => false,
             };

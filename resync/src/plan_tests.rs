@@ -370,3 +370,23 @@ fn a_name_seen_before_its_inode_got_another_that_is_committed_is_looked_at_again
     let gone = [(p("a"), at(1, before)), (p("b"), Seen::Absent)].into();
     plan(&mut world.view, Lsn(3), &gone, &[]).unwrap();
 }
+
+#[test]
+fn a_row_that_bears_an_inode_number_used_again_is_left_alone() {
+    let mut world = World::new();
+    for act in [Act::Dir(0), Act::File(3, 1)] {
+        world.act(&act);
+    }
+    world.cut();
+    // The folder is gone, which another cut will say; its number belongs to a new file with two names.
+    let ino = world.tree.nodes[&p("a")];
+    let found = |path: &str| {
+        let seen = world.tree.seen(&p("a/a"), true);
+        let Seen::Present(mut found) = seen else { panic!("there") };
+        (found.local.ino, found.nlink) = (ino, 2);
+        (p(path), Seen::Present(found))
+    };
+    let seen = [found("n1"), found("n2")].into();
+    let ops = plan(&mut world.view, Lsn(9), &seen, &[]).unwrap();
+    assert!(matches!(&ops[..], [Op::Put { .. }, Op::Link { .. }]), "{ops:?}");
+}

@@ -1,10 +1,14 @@
 //! A mirror of adversarial writers whose standby is killed again and again: each recovered replica must be a state the store had.
 
 use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::adversary::{Held, Sizes, Stage, WRITERS, check, prepare};
+use crate::dovecot::{self, Dovecot};
 use crate::gate::{nap_until, wait_until};
+use crate::mailload::{self, Load};
 use crate::netns::Cable;
 use crate::node::Pair;
 use crate::rng::{Rng, Seed};
@@ -66,7 +70,7 @@ pub fn run(time: Duration, kills: usize, sizes: Sizes) -> Seen {
         }
         nap_until(began + time);
     });
-    seen.made = WRITERS.into_iter().zip(stage.made.iter().map(|n| n.load(std::sync::atomic::Ordering::SeqCst))).collect();
+    seen.made = WRITERS.into_iter().zip(stage.made.iter().map(|n| n.load(Ordering::SeqCst))).collect();
     if let Err(why) = wait_identical(&root, &replica, Rules::of(Layout::Plain), Duration::from_secs(120)) {
         panic!("not identical {why}\nprimary: {:#?}", pair.primary.status());
     }
@@ -83,5 +87,77 @@ struct End<'a>(&'a Stage);
 impl Drop for End<'_> {
     fn drop(&mut self) {
         self.0.end();
+    }
+}
+
+/// A Dovecot under load whose mirror's standby is killed `kills` times in `time`: a second Dovecot on a copy of each recovered replica must find nothing wrong. Gives the messages it showed each time.
+#[must_use]
+pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<usize> {
+    let seed = Seed::from_env();
+    let scratch = Scratch::new("besieged-mail");
+    let root = dovecot::store(&scratch, "store");
+    let replica = scratch.dir("replica");
+    let users = dovecot::users(20);
+    let cable = Cable::new();
+    let programs = [Program::within(&cable.a), Program::within(&cable.b)];
+    let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
+    let mut pair = Pair::start(scratch.path(), &root, &replica, layout, programs, listen);
+    pair.wait_drained(Duration::from_secs(60));
+    let server = Dovecot::start(&root, layout);
+    let busy = AtomicBool::new(true);
+    let mut shown = vec![];
+    std::thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let mut round = 0;
+            while busy.load(Ordering::SeqCst) {
+                mailload::run(&server, Load::new(100, users.len(), seed.0 + round))?;
+                round += 1;
+            }
+            Ok::<_, std::io::Error>(())
+        });
+        let _rest = Rest(&busy);
+        let mut rng = Rng::part(seed.0, 698);
+        let (began, share) = (Instant::now(), time / kills.max(1) as u32);
+        for kill in 0..kills {
+            let jitter = Duration::from_micros(rng.below(share.as_micros().min(1_000_000) as usize / 2 + 1) as u64);
+            nap_until((began + share * kill as u32).max(Instant::now()) + share / 4 + jitter);
+            cable.cut();
+            pair.standby.kill9();
+            pair.standby.start();
+            wait_until(Duration::from_secs(60), "the standby to recover", || {
+                pair.standby.status().is_some_and(|s| s.said.mirrors.iter().all(|m| m.lsn.applied == m.lsn.durable))
+            });
+            // A Dovecot changes what it opens.
+            let copy = scratch.join("copy");
+            let _ = std::fs::remove_dir_all(&copy);
+            let done = Command::new("cp").arg("-a").arg(&replica).arg(&copy).status().expect("cp");
+            assert!(done.success());
+            cable.restore();
+            let reader = Dovecot::start(&copy, layout);
+            let dump = reader.dump(&users);
+            let complaints = reader.complaints();
+            assert!(complaints.is_empty(), "kill {kill}: the recovered replica is not sound:\n{}", complaints.join("\n"));
+            reader.stop();
+            shown.push(dump.values().flat_map(|account| account.mailboxes.values()).map(|mailbox| mailbox.messages.len()).sum());
+        }
+        drop(_rest);
+        load.join().expect("the load panicked")
+    })
+    .unwrap_or_else(|e| panic!("load: {e}"));
+    server.stop();
+    if let Err(why) = wait_identical(&root, &replica, Rules::of(layout), Duration::from_secs(90)) {
+        panic!("not identical {why}\nprimary: {:#?}", pair.primary.status());
+    }
+    pair.primary.stop();
+    pair.standby.stop();
+    shown
+}
+
+/// Ends the load, also when a check fails.
+struct Rest<'a>(&'a AtomicBool);
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
     }
 }

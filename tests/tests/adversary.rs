@@ -6,6 +6,7 @@ use twinbox_tests::adversary::Sizes;
 use twinbox_tests::besieged;
 use twinbox_tests::gate::{Need, heavy};
 use twinbox_tests::require;
+use twinbox_tests::tree::Layout;
 
 #[test]
 fn no_state_that_never_was() {
@@ -19,4 +20,23 @@ fn no_state_that_never_was() {
     for name in ["pairs", "between", "small single", "small split", "bank", "bank, journal"] {
         assert!(fresh(name) >= 2, "{name} hardly ever arrived: {seen:?}");
     }
+}
+
+/// Recovered replicas must have moved on in between, or the checks show nothing.
+fn mail(layout: Layout) {
+    require!(Need::Namespaces, Need::Dovecot);
+    let _turn = heavy();
+    let shown = besieged::mail(layout, Duration::from_secs(20), 4);
+    eprintln!("{}: messages shown after each kill: {shown:?}", layout.name());
+    assert!(shown.windows(2).filter(|pair| pair[0] != pair[1]).count() >= 2, "{shown:?}");
+}
+
+#[test]
+fn dovecot_finds_each_recovered_replica_sound_maildir() {
+    mail(Layout::Maildir);
+}
+
+#[test]
+fn dovecot_finds_each_recovered_replica_sound_mdbox() {
+    mail(Layout::Mdbox);
 }

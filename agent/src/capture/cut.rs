@@ -37,6 +37,8 @@ const BULK_SETTLE_MAX: Duration = Duration::from_secs(5);
 const FLIGHTS_MAX: usize = 4096;
 /// LSNs reserved at a time.
 const RESERVE: u64 = 4096;
+/// A group that lags for longer than this is wondered about.
+const WHY_AFTER: Duration = Duration::from_secs(1);
 /// Latencies kept for status.
 const LATENCIES: usize = 1000;
 
@@ -52,7 +54,8 @@ impl Engine {
     /// One round; `true` when it should go on at once.
     pub(super) fn round(&mut self) -> Result<bool, CaptureError> {
         let now = Instant::now();
-        let overdue = self.config.fuzzy_after.is_some_and(|limit| self.sets.oldest().is_some_and(|since| now.duration_since(since) >= limit));
+        let overdue =
+            self.config.fuzzy_after.is_some_and(|limit| self.sets.oldest().is_some_and(|since| now.duration_since(since) >= limit));
         if !self.can_cut() || !(overdue || self.sets.has_work(now)) {
             return Ok(false);
         }
@@ -105,6 +108,7 @@ impl Engine {
                 committed |= self.commit_fuzzy(&unit, boundary)?;
             } else {
                 again = true;
+                self.tell_why(&unit);
                 unit.iter().for_each(|name| self.sets.thaw(name));
                 self.summary.spoiled_rounds += u64::from(unit.iter().any(|name| self.sets.group(name).spoiled));
             }
@@ -123,7 +127,27 @@ impl Engine {
         // Names of one inode seen at different times: an event under one of them says nothing of the others, and the manifest may not know them yet.
         let stale = if whole { self.sets.stale_links(unit) } else { vec![] };
         stale.iter().for_each(|path| self.mark(path, true, true, false));
-        whole && stale.is_empty()
+        whole && stale.iter().all(|path| !unit.contains(&self.group_of(path, false)))
+    }
+
+    /// For whoever wonders, at DEBUG, why mail lags: what keeps a group from being cut for longer than a second, once a second.
+    fn tell_why(&mut self, unit: &BTreeSet<Group>) {
+        let now = Instant::now();
+        let since = unit.iter().filter_map(|name| self.sets.group(name).since).min();
+        if since.is_none_or(|since| now.duration_since(since) < WHY_AFTER) || now.duration_since(self.told_why) < WHY_AFTER {
+            return;
+        }
+        self.told_why = now;
+        let (round, mut old, mut staging, mut spoiled, mut dirty) = (self.sets.round(), vec![], 0, 0, 0);
+        for name in unit {
+            let state = self.sets.group(name);
+            spoiled += usize::from(state.spoiled);
+            staging += state.staging.len();
+            dirty += state.dirty.len();
+            old.extend(state.dirty.iter().filter(|(_, mark)| mark.round < round).map(|(path, mark)| (path.clone(), *mark)).take(3));
+        }
+        let first = unit.first().map(|name| String::from_utf8_lossy(name).into_owned());
+        tracing::debug!(mirror = %self.config.name, groups = unit.len(), ?first, spoiled, staging, dirty, ?old, scan = !self.scan.is_done(), "not cut");
     }
 
     /// Whether policy says not to wait for a cut of these groups any longer.
@@ -252,13 +276,23 @@ impl Engine {
         }
     }
 
-    /// An event comes under one name of an inode: its other names are looked at too, and cut together.
+    /// An event comes under one name of an inode: when the inode changed, its other names are looked at too, and cut together, because on the standby they change together.
+    /// A name that only came, moved or went changes nothing under the others: mail delivered to many users as links must not make one unit of all of them.
     fn other_names(&mut self, name: &[u8], path: &RelPath, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
         if found.nlink < 2 || found.entry.is_dir() || row.is_some_and(|row| row.entry == found.entry && row.local == Some(found.local)) {
             return Ok(());
         }
         for other in self.view.by_ino(found.local.ino)? {
             let group = self.group_of(&other, false);
+            // Inode numbers are used again at once: a name that is gone, or another file by now, is no name of this one.
+            if other != *path && !matches!(self.root.stat(&other), Ok(Some(stat)) if stat.st_ino == found.local.ino) {
+                continue;
+            }
+            if other != *path && self.view.row(&other)?.is_some_and(|row| row.entry == found.entry) {
+                // Seen under this name it is as known under that one, but for its ctime.
+                self.view.set_local(&other, Some(found.local))?;
+                continue;
+            }
             self.sets.join(name, &group);
             // Seen before the inode changed under this name is not seen.
             let same = self.sets.seen(&group, &other) == Pending::Seen(Some(found.local));
@@ -310,9 +344,11 @@ impl Engine {
                 for (a, b) in unit.iter().zip(unit.iter().skip(1)) {
                     self.sets.join(a, b);
                 }
-                for moved in hints.into_iter().map(|h| h.to).chain(self.sets.distrust()).chain([path]) {
+                for moved in hints.into_iter().map(|h| h.to).chain(self.sets.distrust()).chain([path.clone()]) {
                     self.mark(&moved, true, true, false);
-                    self.scan.push(moved);
+                    if moved == path || self.watch.at(&moved).is_some() {
+                        self.scan.push(moved);
+                    }
                 }
                 for path in seen.into_keys() {
                     self.larges.remove(&path);

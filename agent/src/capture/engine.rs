@@ -220,6 +220,8 @@ pub(super) struct Engine {
     handle: CaptureHandle,
     /// Ends the thread that looks for mappings.
     _mapping: Sender<()>,
+    /// When it was last told why a group is not cut.
+    pub(super) told_why: Instant,
     writers_at: Instant,
     published_at: Instant,
     next_sweep: Option<Instant>,
@@ -311,6 +313,7 @@ impl Engine {
             wake,
             handle,
             _mapping: mapping,
+            told_why: now,
             writers_at: now,
             published_at: now,
             rechecks: BTreeMap::new(),

@@ -1,10 +1,12 @@
-//! Adversarial writers for as long as wanted, the standby killed under them: `cargo run -p twinbox-tests --bin adversary [-- --seconds N] [--kills N]`.
+//! Adversarial writers for as long as wanted, the standby killed under them: `cargo run -p twinbox-tests --bin adversary [-- --seconds N] [--kills N] [--mail]`.
+//! With `--mail` a Dovecot under load (maildir, then mdbox) in their place, and a second one that reads each recovered replica.
 //! Root needed (network namespaces). Ends with a panic at the first state that never was; says what was looked at.
 
 use std::time::Duration;
 
 use twinbox_tests::adversary::Sizes;
 use twinbox_tests::besieged;
+use twinbox_tests::tree::Layout;
 
 fn option(name: &str, default: usize) -> usize {
     let mut words = std::env::args().skip_while(|w| w != name).skip(1);
@@ -12,7 +14,14 @@ fn option(name: &str, default: usize) -> usize {
 }
 
 fn main() {
+    let (time, kills) = (Duration::from_secs(option("--seconds", 600) as u64), option("--kills", 100));
+    if std::env::args().any(|w| w == "--mail") {
+        for layout in [Layout::Maildir, Layout::Mdbox] {
+            println!("{}: messages shown after each kill: {:?}", layout.name(), besieged::mail(layout, time / 2, kills / 2));
+        }
+        return;
+    }
     let sizes = Sizes { between: 20 << 20, large: 64 << 20 };
-    let seen = besieged::run(Duration::from_secs(option("--seconds", 600) as u64), option("--kills", 100), sizes);
+    let seen = besieged::run(time, kills, sizes);
     println!("{seen:#?}");
 }
