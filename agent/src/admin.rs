@@ -22,7 +22,7 @@ use serde_json::Value;
 pub use client::{request, status};
 pub use lock::StateLock;
 pub use request::{Fence, Request};
-pub use server::AdminServer;
+pub use server::{AdminServer, FenceServer};
 
 use crate::exit::ExitCode;
 

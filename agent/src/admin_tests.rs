@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 
-use super::{AdminError, AdminServer, REQUEST_BYTES_MAX, Request, Response, SOCKET, StateLock, request};
+use super::{AdminError, AdminServer, FenceServer, REQUEST_BYTES_MAX, Request, Response, SOCKET, StateLock, request};
 use crate::exit::ExitCode;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -151,4 +151,34 @@ async fn hostile_clients() {
         assert_eq!(kinds, ["OK", "ERR", "ERR", "OK"], "{said}");
     })
     .await;
+}
+
+#[tokio::test]
+async fn the_fence_socket_is_for_fences() {
+    let dir = tempfile::tempdir().expect("scratch directory");
+    let path = dir.path().join("run/fence.sock");
+    let server = FenceServer::bind(&path, Some("0")).expect("bound");
+    let mode = fs::metadata(&path).expect("stat").permissions().mode();
+    assert_eq!(mode & 0o777, 0o660, "the group, and nobody else");
+    let (end, ended) = oneshot::channel::<()>();
+    let serving = server.serve(answer, async {
+        let _ = ended.await;
+    });
+    let client = async {
+        let mut stream = UnixStream::connect(&path).await.expect("connected");
+        stream.write_all(b"STOP\nRELOAD\nSTATUS\nPING\n").await.expect("sent");
+        stream.shutdown().await.expect("half closed");
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await.expect("read to the end");
+        drop(end);
+        said
+    };
+    let (said, ()) = tokio::join!(client, serving);
+    let kinds: Vec<&str> = said.lines().map(|line| line.rsplit_once(" this").map_or(line, |(kind, _)| kind)).collect();
+    assert_eq!(kinds, ["ERR forbidden", "ERR forbidden", "ERR forbidden", "OK {}"], "{said}");
+    drop(server);
+    assert!(!path.exists());
+    let refused = FenceServer::bind(&path, Some("no-such-group")).expect_err("refused");
+    assert!(matches!(refused, AdminError::Unusable { .. }), "{refused}");
+    assert!(!path.exists(), "nothing is left open");
 }

@@ -56,10 +56,21 @@ pub struct Config {
     pub limits: Limits,
     /// What is logged, and how.
     pub log: Log,
+    /// A socket for fences alone, for others than the agent's own user.
+    pub fence: Option<FenceSocket>,
     /// The trees kept on this node; at least one, names unique.
     pub mirrors: Vec<Mirror>,
     /// The nodes this one talks to, names unique.
     pub peers: Vec<Peer>,
+}
+
+/// `[fence]`: where programs of a group may ask for fences and declare transactions, and nothing else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FenceSocket {
+    /// Absolute path of the socket.
+    pub socket: PathBuf,
+    /// Name or number of the group that may use it; `None`: only the agent's user.
+    pub group: Option<String>,
 }
 
 /// Bounds on what the agent uses. See [`LIMITS`] for units, defaults and ranges.

@@ -31,6 +31,11 @@ role = "standby"
 groups = ["*/*"]
 exclude = "*.bak"
 sweep_interval = "1h30m"
+fuzzy_after = "45s"
+
+[fence]
+socket = "/run/twinbox/fence.sock"
+group = "vmail"
 
 [[peer]] # the other one
 node = "mail2"   # in the cellar
@@ -64,6 +69,9 @@ fn accepts_everything_documented() {
     assert_eq!(mirror.root, Path::new("/srv/mail"));
     assert_eq!((mirror.layout, mirror.role), (Layout::Mdbox, Role::Standby));
     assert_eq!(mirror.sweep_interval, Duration::from_secs(5400));
+    assert_eq!(mirror.fuzzy_after, Some(Duration::from_secs(45)));
+    let fence = config.fence.as_ref().unwrap();
+    assert_eq!((fence.socket.to_str(), fence.group.as_deref()), (Some("/run/twinbox/fence.sock"), Some("vmail")));
     assert!(mirror.selection().excludes(b"a/b/x.bak", false));
     assert_eq!(mirror.grouping().group_of(b"org/alice/x", false), b"org/alice");
     assert_eq!(config.peer("mail2").expect("the peer").fingerprint, None);

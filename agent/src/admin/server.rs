@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::Gid;
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -44,16 +45,7 @@ impl AdminServer {
         let address = socket_address(state, &directory);
         remove_stale(state, &path, &address)?;
 
-        let open = || -> io::Result<UnixListener> {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            // bind(2) gives the name the mode of the socket's inode, less the umask: so it is right from the start.
-            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-            bind(&socket, &SocketAddrUnix::new(&address)?)?;
-            listen(&socket, i32::try_from(CLIENTS_MAX).unwrap_or(i32::MAX))?;
-            UnixListener::from_std(socket.into())
-        };
-        let listener = open().map_err(unusable)?;
+        let listener = open(&address).map_err(unusable)?;
         Ok(AdminServer { listener, path, lock })
     }
 
@@ -69,40 +61,123 @@ impl AdminServer {
         H: Fn(Request) -> A + Send + Sync + 'static,
         A: Future<Output = Response> + Send + 'static,
     {
-        let handler = Arc::new(handler);
-        let slots = Arc::new(Semaphore::new(CLIENTS_MAX));
-        let mut clients = JoinSet::new();
-        let mut until = std::pin::pin!(until);
-        loop {
-            let accepted = async {
-                let slot = slots.clone().acquire_owned().await.ok()?;
-                Some((slot, self.listener.accept().await))
-            };
-            tokio::select! {
-                () = &mut until => break,
-                Some(_) = clients.join_next() => {}
-                Some((slot, accepted)) = accepted => match accepted {
-                    Ok((stream, _)) => {
-                        let handler = handler.clone();
-                        clients.spawn(async move {
-                            let _slot = slot;
-                            if let Err(error) = converse(stream, &*handler).await {
-                                tracing::debug!(%error, "admin client left");
-                            }
-                        });
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "admin socket: accept failed");
-                        tokio::select! {
-                            () = &mut until => break,
-                            _ = timeout(ACCEPT_PAUSE, pending::<()>()) => {}
-                        }
-                    }
-                },
-            }
-        }
-        let _ = timeout(DRAIN, async { while clients.join_next().await.is_some() {} }).await;
+        serve(&self.listener, handler, until).await;
     }
+}
+
+/// A socket for programs of a group, at a path of the operator's choice: fences, declared transactions and PING, nothing else. Dropping it removes the socket.
+#[derive(Debug)]
+pub struct FenceServer {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl FenceServer {
+    /// Opens the socket; its directory is made when it is missing. Open to its owner and to `group` (a name of /etc/group, or a number). Call within a tokio runtime, and only under the lock of the state directory.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub fn bind(path: &Path, group: Option<&str>) -> Result<Self, AdminError> {
+        let unusable = |source: io::Error| AdminError::Unusable { path: path.to_owned(), source };
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(parent).map_err(unusable)?;
+        let gid = group.map(gid_of).transpose().map_err(unusable)?;
+        remove_stale(parent, path, path)?;
+        let listener = open(path).map_err(unusable)?;
+        let server = FenceServer { listener, path: path.to_owned() };
+        if let Some(gid) = gid {
+            // In this order: at no moment is it open to another group.
+            rustix::fs::chown(path, None, Some(gid)).map_err(|e| unusable(e.into()))?;
+            rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP).map_err(|e| unusable(e.into()))?;
+        }
+        Ok(server)
+    }
+
+    /// As [`AdminServer::serve`]; requests that are not for this socket do not reach `handler`.
+    pub async fn serve<H, A>(&self, handler: H, until: impl Future<Output = ()>)
+    where
+        H: Fn(Request) -> A + Send + Sync + 'static,
+        A: Future<Output = Response> + Send + 'static,
+    {
+        let handler = Arc::new(handler);
+        let allowed = move |request: Request| {
+            let handler = handler.clone();
+            async move {
+                match request {
+                    Request::Ping | Request::Fence(_) | Request::TxnBegin { .. } | Request::TxnCommit { .. } => handler(request).await,
+                    _ => Response::error("forbidden", "this socket is for PING, FENCE, TXN BEGIN and TXN COMMIT"),
+                }
+            }
+        };
+        serve(&self.listener, allowed, until).await;
+    }
+}
+
+impl Drop for FenceServer {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// The number of a group, as /etc/group has it.
+fn gid_of(group: &str) -> io::Result<Gid> {
+    if let Ok(number) = group.parse() {
+        return Ok(Gid::from_raw(number));
+    }
+    let text = fs::read_to_string("/etc/group")?;
+    let mut lines = text.lines().map(|line| line.split(':'));
+    let found = lines.find_map(|mut fields| (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok()).flatten());
+    found.map(Gid::from_raw).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no group `{group}` in /etc/group")))
+}
+
+fn open(address: &Path) -> io::Result<UnixListener> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // bind(2) gives the name the mode of the socket's inode, less the umask: so it is right from the start.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(address)?)?;
+    listen(&socket, i32::try_from(CLIENTS_MAX).unwrap_or(i32::MAX))?;
+    UnixListener::from_std(socket.into())
+}
+
+async fn serve<H, A>(listener: &UnixListener, handler: H, until: impl Future<Output = ()>)
+where
+    H: Fn(Request) -> A + Send + Sync + 'static,
+    A: Future<Output = Response> + Send + 'static,
+{
+    let handler = Arc::new(handler);
+    let slots = Arc::new(Semaphore::new(CLIENTS_MAX));
+    let mut clients = JoinSet::new();
+    let mut until = std::pin::pin!(until);
+    loop {
+        let accepted = async {
+            let slot = slots.clone().acquire_owned().await.ok()?;
+            Some((slot, listener.accept().await))
+        };
+        tokio::select! {
+            () = &mut until => break,
+            Some(_) = clients.join_next() => {}
+            Some((slot, accepted)) = accepted => match accepted {
+                Ok((stream, _)) => {
+                    let handler = handler.clone();
+                    clients.spawn(async move {
+                        let _slot = slot;
+                        if let Err(error) = converse(stream, &*handler).await {
+                            tracing::debug!(%error, "admin client left");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "admin socket: accept failed");
+                    tokio::select! {
+                        () = &mut until => break,
+                        _ = timeout(ACCEPT_PAUSE, pending::<()>()) => {}
+                    }
+                }
+            },
+        }
+    }
+    let _ = timeout(DRAIN, async { while clients.join_next().await.is_some() {} }).await;
 }
 
 impl Drop for AdminServer {

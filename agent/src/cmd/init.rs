@@ -36,6 +36,7 @@ pub fn run(args: &Init, quiet: bool) -> Result<ExitCode, Failure> {
         state: state.clone(),
         listen: vec![args.listen],
         limits: Limits::default(),
+        fence: None,
         log: Log::default(),
         mirrors,
         peers: vec![],

@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::admin::{AdminServer, Request, Response};
+use crate::admin::{AdminServer, FenceServer, Request, Response};
 use crate::capture::Command;
 use crate::capture::pulse::Stage;
 use crate::cli::Run;
@@ -112,6 +112,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, rustix::process::Rlimit { current: limit.maximum, ..limit });
     let server = AdminServer::bind(&config.state)?;
+    let fence_socket = config.fence.as_ref().map(|fence| FenceServer::bind(&fence.socket, fence.group.as_deref())).transpose()?;
     let key = NodeKey::load(&config.state.join("node.key"))?;
     let pins = PinnedPeers::new();
     let peers = peers(&config)?;
@@ -170,6 +171,10 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             }
         }
     };
+    let fencing = fence_socket.map(|socket| {
+        let handler = handler.clone();
+        tokio::spawn(async move { socket.serve(handler, std::future::pending()).await })
+    });
     let serving = tokio::spawn(async move {
         let until = async {
             let _ = server_ends.await;
@@ -228,6 +233,10 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     {
         let mut roles = agent.roles.lock().await;
         tokio::task::block_in_place(|| roles.stop());
+    }
+    if let Some(task) = fencing {
+        task.abort();
+        let _ = task.await;
     }
     let _ = end_server.send(());
     let _ = serving.await;

@@ -9,11 +9,14 @@ use toml::de::DeTable;
 
 use super::problem::{Located, ProblemKind, line_column};
 use super::reader::{Reader, Span};
-use super::{Config, DEFAULT_PORT, DEFAULT_SWEEP, LIMITS, Limits, Log, LogFormat, LogLevel, Mirror, Peer, Role, TABLES_MAX, paths};
+use super::{
+    Config, DEFAULT_PORT, DEFAULT_SWEEP, FenceSocket, LIMITS, Limits, Log, LogFormat, LogLevel, Mirror, Peer, Role, TABLES_MAX, paths,
+};
 use crate::duration::{duration_text, parse_duration};
 use crate::glob::Glob;
 
-const TOP_KEYS: [&str; 7] = ["node", "state", "listen", "limits", "log", "mirror", "peer"];
+const TOP_KEYS: [&str; 8] = ["node", "state", "listen", "limits", "log", "fence", "mirror", "peer"];
+const FENCE_KEYS: [&str; 2] = ["socket", "group"];
 const MIRROR_KEYS: [&str; 8] = ["name", "root", "layout", "role", "groups", "exclude", "sweep_interval", "fuzzy_after"];
 const PEER_KEYS: [&str; 3] = ["node", "addresses", "fingerprint"];
 const LOG_KEYS: [&str; 2] = ["level", "format"];
@@ -72,6 +75,17 @@ fn top(document: &DeTable<'_>, text: &str, problems: &mut Vec<Located>) -> Optio
         log.format = section.word("format", LogFormat::WORDS, LogFormat::from_word).unwrap_or_default();
     }
 
+    let mut fence = None;
+    if let Some((table, span)) = reader.table("fence") {
+        let mut section = Reader::open(table, "[fence]", span, &FENCE_KEYS, reader.problems());
+        section.require("socket", ": as in `socket = \"/run/twinbox/fence.sock\"`");
+        let group = match section.value("group") {
+            Some(_) => Some(section.parsed("group", group)?),
+            None => None,
+        };
+        fence = Some(FenceSocket { socket: section.parsed("socket", |path| absolute("socket", path))?, group });
+    }
+
     let mut mirrors = Vec::new();
     let mut roots = Vec::new();
     let mut names = Names::new("mirror", text);
@@ -104,6 +118,7 @@ fn top(document: &DeTable<'_>, text: &str, problems: &mut Vec<Located>) -> Optio
         listen: listen?,
         limits,
         log,
+        fence,
         mirrors: mirrors.into_iter().collect::<Option<_>>()?,
         peers: peers.into_iter().collect::<Option<_>>()?,
     };
@@ -178,6 +193,12 @@ fn fingerprint(text: &str) -> Result<String, ProblemKind> {
 
 fn address(text: &str) -> Result<SocketAddr, ProblemKind> {
     text.parse().map_err(|_| ProblemKind::Address { given: text.chars().take(80).collect::<String>().escape_debug().to_string() })
+}
+
+/// A name as groupadd(8) takes it, or a number.
+fn group(text: &str) -> Result<String, ProblemKind> {
+    let fits = (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-$".contains(&b));
+    if fits { Ok(text.to_owned()) } else { Err(ProblemKind::Group) }
 }
 
 fn pattern(text: &str) -> Result<Glob, ProblemKind> {

@@ -137,6 +137,9 @@ pub enum ProblemKind {
     EmptyList { key: &'static str },
     #[error("`fingerprint` is not what `twinbox pair` writes; remove the line and pair again")]
     Fingerprint,
+    /// A group name that cannot be one.
+    #[error("`group` is the name or the number of a group")]
+    Group,
     #[error("`{key}` must be an absolute path without `.` or `..`, not `{}`", given.display())]
     RelativePath { key: &'static str, given: PathBuf },
     #[error("a second {what} is called `{name}`; the first is on line {first_line}")]

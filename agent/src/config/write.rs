@@ -64,6 +64,16 @@ impl Config {
         writeln!(out, "\n[log]\n# error, warn, info, debug or trace")?;
         writeln!(out, "level = {}", quoted(self.log.level.as_str()))?;
         writeln!(out, "# text or json\nformat = {}", quoted(self.log.format.as_str()))?;
+        writeln!(out, "\n# A socket for programs of a group (a mail server) that wait for fences: docs/admin-protocol.md.")?;
+        match &self.fence {
+            None => writeln!(out, "# [fence]\n# socket = \"/run/twinbox/fence.sock\"\n# group = \"vmail\"")?,
+            Some(fence) => {
+                writeln!(out, "[fence]\nsocket = {}", quoted(&fence.socket.to_string_lossy()))?;
+                if let Some(group) = &fence.group {
+                    writeln!(out, "group = {}", quoted(group))?;
+                }
+            }
+        }
         for mirror in &self.mirrors {
             write_mirror(out, mirror)?;
         }
