@@ -4,7 +4,11 @@
 //! store's size. Beside the rows: tombstones of removed paths (for a primary that missed acknowledgements), the log position and digest the rows stand for,
 //! recent chain hashes, and the page values and chunk lists of large files, keyed by content.
 //!
+//! A primary's manifest also remembers what its own disk may have lost track of at a power cut: see `manifest/power.rs`.
+//!
 //! Does not decide when to commit: the owner wraps changes in [`Manifest::begin`] and [`Manifest::commit`].
+
+mod power;
 
 use std::path::{Path, PathBuf};
 
@@ -25,7 +29,8 @@ use crate::schema::{self, StateError};
 
 const ADVICE: &str = "move it aside and start again: it is rebuilt from the files and the peer";
 
-const MIGRATIONS: &[&str] = &["CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+const MIGRATIONS: &[&str] = &[
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
      CREATE TABLE file (
         dir BLOB NOT NULL, name BLOB NOT NULL, entry BLOB NOT NULL, lsn INTEGER NOT NULL,
         hash INTEGER, ino INTEGER, ctime_s INTEGER, ctime_ns INTEGER,
@@ -35,7 +40,11 @@ const MIGRATIONS: &[&str] = &["CREATE TABLE meta (key TEXT PRIMARY KEY, value BL
      CREATE INDEX file_hash ON file(hash) WHERE hash IS NOT NULL;
      CREATE TABLE gone (path BLOB PRIMARY KEY, lsn INTEGER NOT NULL) WITHOUT ROWID;
      CREATE TABLE chain (lsn INTEGER PRIMARY KEY, hash BLOB NOT NULL);
-     CREATE TABLE large (hash BLOB PRIMARY KEY, size INTEGER NOT NULL, pages BLOB, chunks BLOB);"];
+     CREATE TABLE large (hash BLOB PRIMARY KEY, size INTEGER NOT NULL, pages BLOB, chunks BLOB);",
+    "CREATE TABLE before (path BLOB NOT NULL, hash BLOB NOT NULL, lsn INTEGER NOT NULL, PRIMARY KEY (path, hash)) WITHOUT ROWID;
+     CREATE INDEX before_lsn ON before(lsn);
+     CREATE TABLE in_place (ino INTEGER PRIMARY KEY);",
+];
 
 /// Contents shorter than this are not looked up by hash: sending them costs less than the reference.
 pub const REF_MIN: u64 = 512;

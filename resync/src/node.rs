@@ -38,6 +38,37 @@ impl Role {
     }
 }
 
+/// What of a primary's own disk survives a power cut, as of the last word on it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LocalMark {
+    /// The boot of the machine it was written in.
+    pub boot: String,
+    /// Everything up to here was on the disk.
+    pub lsn: Lsn,
+    /// The agent stopped in order after it: nothing was shipped since.
+    pub clean: bool,
+}
+
+impl LocalMark {
+    fn read(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let (boot, lsn, clean) = (words.next()?, words.next()?.parse::<u64>().ok()?, words.next()?);
+        let clean = match clean {
+            "stopped" => true,
+            "open" => false,
+            _ => return None,
+        };
+        Some(LocalMark { boot: boot.into(), lsn: Lsn::try_from(lsn).ok()?, clean })
+    }
+
+    /// Whether the disk may lack what was shipped: the machine was started anew and nobody had said that all was on the disk. `known`: the last position of this node's manifest.
+    #[must_use]
+    pub fn is_torn(&self, boot: &str, known: Lsn) -> bool {
+        // A mark that is older than the manifest is of a state.db that was put back.
+        self.boot != boot && !(self.clean && known <= self.lsn)
+    }
+}
+
 /// What a node knows of one mirror's history.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MirrorState {
@@ -139,6 +170,24 @@ impl NodeState {
         self.sorted(done).map(|_| ())
     }
 
+    /// What of this disk survives a power cut; `None` before the first word on it. Words that cannot be read count as "nothing since the first LSN".
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn local_mark(&self, name: &str) -> Result<Option<LocalMark>, StateError> {
+        let text = self.value(&format!("local:{name}"))?;
+        Ok(text.map(|text| LocalMark::read(&text).unwrap_or(LocalMark { boot: String::new(), lsn: Lsn::ZERO, clean: false })))
+    }
+
+    /// Stores it, whole; durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn set_local_mark(&self, name: &str, mark: &LocalMark) -> Result<(), StateError> {
+        let LocalMark { boot, lsn, clean } = mark;
+        self.set_value(&format!("local:{name}"), &format!("{boot} {lsn} {}", if *clean { "stopped" } else { "open" }))
+    }
+
     /// Raises the ceiling of LSNs; durable when it returns.
     ///
     /// # Errors
@@ -155,5 +204,42 @@ impl NodeState {
     pub fn set_complete(&self, name: &str, complete: bool) -> Result<(), StateError> {
         let done = self.db.execute("UPDATE mirror SET complete = ?2 WHERE name = ?1 AND complete != ?2", params![name, complete]);
         self.sorted(done).map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn when_the_disk_may_lack_what_was_shipped() {
+        let mark = |boot: &str, lsn, clean| LocalMark { boot: boot.into(), lsn: Lsn(lsn), clean };
+        for (mark, known, torn, why) in [
+            (mark("now", 5, false), 9, false, "the agent was killed, the machine was not: the page cache is whole"),
+            (mark("now", 5, true), 5, false, "stopped and started again"),
+            (mark("then", 5, true), 5, false, "stopped in order, then booted"),
+            (mark("then", 5, false), 5, true, "power cut"),
+            (mark("then", 5, true), 6, true, "a state.db of before was put back"),
+            (mark("", 0, false), 0, true, "the mark cannot be read"),
+        ] {
+            assert_eq!(mark.is_torn("now", Lsn(known)), torn, "{why}");
+        }
+    }
+
+    #[test]
+    fn the_mark_survives_and_nonsense_is_the_worst_case() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = NodeState::open(dir.path()).unwrap();
+        assert_eq!(node.local_mark("m").unwrap(), None);
+        for clean in [true, false] {
+            let mark = LocalMark { boot: "b-1".into(), lsn: Lsn(77), clean };
+            node.set_local_mark("m", &mark).unwrap();
+            assert_eq!(node.local_mark("m").unwrap(), Some(mark));
+        }
+        for text in ["", "b", "b x open", "b 1 perhaps", "b 99999999999999999999 open"] {
+            node.set_value("local:m", text).unwrap();
+            let mark = node.local_mark("m").unwrap().unwrap();
+            assert!(mark.is_torn("b", Lsn::ZERO) && mark.lsn == Lsn::ZERO, "{text}");
+        }
     }
 }

@@ -264,6 +264,7 @@ impl View {
             for (_, row) in &taken {
                 self.count(&path, row.as_ref(), false);
             }
+            self.note_before(&path, &taken)?;
             if let Some((at, row)) = taken.pop() {
                 self.manifest.set_lsn(at);
                 self.manifest.set(&path, row)?;
@@ -273,6 +274,28 @@ impl View {
             self.manifest.forget_large(hash).map_err(|e| store(&e))?;
         }
         self.manifest.commit(position).map_err(|e| store(&e))
+    }
+
+    /// Notes which contents the path had, each until the version that replaced it.
+    fn note_before(&self, path: &RelPath, versions: &[Version]) -> Result<(), RowError> {
+        let content = |row: Option<&Row>| row.and_then(|row| row.entry.hash());
+        let mut had = content(self.manifest.row(path)?.as_ref());
+        for (at, row) in versions {
+            let now = content(row.as_ref());
+            if let Some(hash) = had.filter(|_| had != now) {
+                self.manifest.note_before(path, hash, *at).map_err(|e| store(&e))?;
+            }
+            had = now;
+        }
+        Ok(())
+    }
+
+    /// Notes that an inode is written in place; stored with the next commit.
+    ///
+    /// # Errors
+    /// [`RowError::Store`].
+    pub fn note_in_place(&self, ino: u64) -> Result<(), RowError> {
+        self.manifest.begin().and_then(|()| self.manifest.note_in_place(ino)).map_err(|e| store(&e))
     }
 
     /// Stores local notes gathered since the last commit.

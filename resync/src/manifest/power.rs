@@ -1,0 +1,130 @@
+//! What a primary needs to know of its own disk after a power cut: which contents a path had lately, and which inodes are written in place.
+//!
+//! `before`: contents that paths had, as long as the change that replaced or removed them may not be durable *here*. A file found with one of them is older than its row, not newer.
+//! `in_place`: inodes whose content was seen to change while they kept their name; new bytes can be under old timestamps there. A reused number costs one file read in vain.
+//! Both are in the same file as the rows, so they are as old as the rows are, whatever the cut took.
+
+use rusqlite::{OptionalExtension, params};
+use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::path::RelPath;
+
+use super::Manifest;
+
+impl Manifest {
+    /// Notes that `path` had this content until `lsn` took it.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn note_before(&self, path: &RelPath, hash: ContentHash, lsn: Lsn) -> rusqlite::Result<()> {
+        self.db
+            .prepare_cached("INSERT OR REPLACE INTO before VALUES (?1, ?2, ?3)")?
+            .execute(params![path.as_bytes(), hash.0, lsn.0 as i64])
+            .map(|_| ())
+    }
+
+    /// Whether `path` had this content lately.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn had(&self, path: &RelPath, hash: ContentHash) -> rusqlite::Result<bool> {
+        self.db.prepare_cached("SELECT 1 FROM before WHERE path = ?1 AND hash = ?2")?.exists(params![path.as_bytes(), hash.0])
+    }
+
+    /// Everything up to `durable` survives a power cut here: what was before it is of no interest any more.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn prune_before(&self, durable: Lsn) -> rusqlite::Result<()> {
+        self.db.prepare_cached("DELETE FROM before WHERE lsn <= ?1")?.execute([durable.0 as i64]).map(|_| ())
+    }
+
+    /// Notes that an inode is written in place.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn note_in_place(&self, ino: u64) -> rusqlite::Result<()> {
+        self.db.prepare_cached("INSERT OR IGNORE INTO in_place VALUES (?1)")?.execute([ino as i64]).map(|_| ())
+    }
+
+    /// The first inode after `after` that is written in place and still has a row; those without one are forgotten on the way.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn in_place_after(&self, after: Option<u64>) -> rusqlite::Result<Option<u64>> {
+        let mut at = after.map_or(i64::MIN, |ino| ino as i64);
+        let mut first = after.is_none();
+        loop {
+            let sql = if first { "SELECT min(ino) FROM in_place WHERE ino >= ?1" } else { "SELECT min(ino) FROM in_place WHERE ino > ?1" };
+            first = false;
+            let found: Option<i64> = self.db.prepare_cached(sql)?.query_row([at], |row| row.get(0)).optional()?.flatten();
+            let Some(ino) = found else { return Ok(None) };
+            if self.db.prepare_cached("SELECT 1 FROM file WHERE ino = ?1")?.exists([ino])? {
+                return Ok(Some(ino as u64));
+            }
+            self.db.prepare_cached("DELETE FROM in_place WHERE ino = ?1")?.execute([ino])?;
+            at = ino;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use twinbox_protocol::entry::{Entry, Kind, Time};
+    use twinbox_protocol::msg::Position;
+
+    use super::super::plain_dir;
+    use super::*;
+    use crate::rows::{Local, Row, Rows};
+    use crate::view::View;
+
+    fn p(text: &str) -> RelPath {
+        RelPath::new(text.as_bytes()).unwrap()
+    }
+
+    fn row(bytes: &[u8], ino: u64) -> Option<Row> {
+        let kind = Kind::File { size: bytes.len() as u64, hash: ContentHash::of(bytes) };
+        Some(Row { entry: Entry { kind, ..plain_dir() }, local: Some(Local { ino, ctime: Time::default() }) })
+    }
+
+    fn at(lsn: u64) -> Position {
+        Position { lsn: Lsn(lsn), ..Position::START }
+    }
+
+    #[test]
+    fn what_a_path_had_is_known_until_the_change_is_durable_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut view = View::new(Manifest::open(&dir.path().join("m.db"), false).unwrap());
+        for (lsn, bytes) in [(1, Some(&b"one"[..])), (2, Some(b"two")), (3, Some(b"three")), (4, None)] {
+            view.start(Lsn(lsn));
+            view.set(&p("f"), bytes.and_then(|bytes| row(bytes, 7))).unwrap();
+            view.keep();
+        }
+        let had = |view: &View, bytes: &[u8]| view.manifest().had(&p("f"), ContentHash::of(bytes)).unwrap();
+        view.handle_durable(at(2)).unwrap();
+        assert!(had(&view, b"one") && !had(&view, b"two"), "only what is stored is past");
+        // Two versions at one acknowledgement: both are past.
+        view.handle_durable(at(4)).unwrap();
+        assert!(had(&view, b"one") && had(&view, b"two") && had(&view, b"three"));
+        view.manifest().prune_before(Lsn(3)).unwrap();
+        assert!(!had(&view, b"one") && !had(&view, b"two") && had(&view, b"three"));
+    }
+
+    #[test]
+    fn inodes_written_in_place_are_listed_while_a_row_has_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = Manifest::open(&dir.path().join("m.db"), false).unwrap();
+        m.set(&p("a"), row(b"a", 5)).unwrap();
+        m.set(&p("b"), row(b"b", u64::MAX)).unwrap();
+        for ino in [5, 6, u64::MAX, 5] {
+            m.note_in_place(ino).unwrap();
+        }
+        let first = m.in_place_after(None).unwrap();
+        let second = m.in_place_after(first).unwrap();
+        let mut both = [first.unwrap(), second.unwrap()];
+        both.sort_unstable();
+        assert_eq!(both, [5, u64::MAX]);
+        assert_eq!(m.in_place_after(second).unwrap(), None);
+        m.set(&p("b"), None).unwrap();
+        assert_eq!(m.in_place_after(None).unwrap(), Some(5));
+    }
+}
