@@ -1,9 +1,10 @@
 //! Messages of the control stream. One control stream a mirror; the primary dials.
 //!
 //! Order: `Hello` → `Welcome` or `Refuse`; then, as the comparison of both says, `Pull` → `Rows`…; then `Begin`, after which log and
-//! bulk streams are open. `Heartbeat`s go both ways at any time after `Welcome`.
+//! bulk streams are open. A primary that lost power says `Fetch` → `Piece`… → `Fetched` or `NotHere` instead of `Begin`, as often as it needs. `Heartbeat`s go both ways at any time after `Welcome`.
 
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 
 use crate::digest::{Digest, DigestKey};
 use crate::entry::Entry;
@@ -12,6 +13,9 @@ use crate::path::RelPath;
 
 /// Most rows in one message. A row of two bytes takes near a hundred times that in memory, so a peer is held to it.
 pub const ROWS_MAX: usize = 16 * 1024;
+
+/// Most bytes of one [`ToPrimary::Piece`].
+pub const PIECE_MAX: usize = 256 * 1024;
 
 /// A place in the log: its number and the hash of everything up to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -152,6 +156,13 @@ pub enum ToStandby {
         /// Which content.
         hash: ContentHash,
     },
+    /// Send a content back: this disk lost it. Before `Begin` only.
+    Fetch {
+        /// A path whose row has it.
+        path: RelPath,
+        /// Its name.
+        hash: ContentHash,
+    },
 }
 
 /// From the standby.
@@ -212,6 +223,21 @@ pub enum ToPrimary {
     Problem {
         /// For people.
         message: String,
+    },
+    /// The next bytes of the content asked for by [`ToStandby::Fetch`], at most [`PIECE_MAX`].
+    Piece {
+        /// They.
+        bytes: ByteBuf,
+    },
+    /// That was all of it.
+    Fetched {
+        /// Its name.
+        hash: ContentHash,
+    },
+    /// No file of the replica has it.
+    NotHere {
+        /// Its name.
+        hash: ContentHash,
     },
 }
 

@@ -203,6 +203,18 @@ impl Server {
                                 Err(_) => break Err(ServeError::Protocol("pull was cut short")),
                             }
                         }
+                        ToStandby::Fetch { path, hash } if session.is_none() => {
+                            let (pieces, mut answer) = mpsc::channel(4);
+                            let handle = served.handle.clone();
+                            let sent = tokio::spawn(async move { handle.content(path, hash, pieces).await });
+                            while let Some(message) = answer.recv().await {
+                                write_frame(&mut send, &message).await?;
+                            }
+                            match sent.await {
+                                Ok(done) => done?,
+                                Err(_) => break Err(ServeError::Protocol("a content was cut short")),
+                            }
+                        }
                         ToStandby::Begin { from, reset } if session.is_none() => {
                             if reset {
                                 self.adopt_history(&hello, served)?;

@@ -15,22 +15,22 @@ use twinbox_protocol::entry::{Entry, Kind, Time};
 use crate::tree;
 
 /// Counted losses, by kind.
-pub(super) type Lost = BTreeMap<String, u64>;
+pub(crate) type Lost = BTreeMap<String, u64>;
 
 /// ext4 keeps a file's attributes in one block and says "no space" when they do not fit: above this many bytes that is a loss, below it the disk is full.
 const XATTRS_SMALL: usize = 1024;
 
-pub(super) fn count(lost: &mut Lost, kind: &str) {
+pub(crate) fn count(lost: &mut Lost, kind: &str) {
     *lost.entry(kind.to_owned()).or_insert(0) += 1;
 }
 
 /// The name under which the kernel reaches a descriptor's inode itself.
-pub(super) fn proc_path(fd: BorrowedFd<'_>) -> CString {
+pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> CString {
     CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default()
 }
 
 /// Sets the modification time alone.
-pub(super) fn set_mtime(fd: BorrowedFd<'_>, mtime: Time) -> Result<(), Errno> {
+pub(crate) fn set_mtime(fd: BorrowedFd<'_>, mtime: Time) -> Result<(), Errno> {
     let times = Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
         last_modification: Timespec { tv_sec: mtime.secs, tv_nsec: mtime.nanos.into() },
@@ -39,7 +39,7 @@ pub(super) fn set_mtime(fd: BorrowedFd<'_>, mtime: Time) -> Result<(), Errno> {
 }
 
 /// See the module's text.
-pub(super) fn set(fd: BorrowedFd<'_>, entry: &Entry, ordinary: bool, lost: &mut Lost) -> Result<(), Errno> {
+pub(crate) fn set(fd: BorrowedFd<'_>, entry: &Entry, ordinary: bool, lost: &mut Lost) -> Result<(), Errno> {
     let path = &*proc_path(fd);
     let stat = rfs::fstat(fd)?;
     let symlink = matches!(entry.kind, Kind::Symlink { .. });

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use twinbox_protocol::ids::ContentHash;
 
 /// The next stretch of data in `at..end`, without the hole before it; empty at `end` when only a hole is left. Where the file system cannot tell, all is data.
-pub(super) fn next_data(fd: BorrowedFd<'_>, at: u64, end: u64) -> Range<u64> {
+pub(crate) fn next_data(fd: BorrowedFd<'_>, at: u64, end: u64) -> Range<u64> {
     match rfs::seek(fd, SeekFrom::Data(at)) {
         Ok(start) if start < end => {
             let hole = rfs::seek(fd, SeekFrom::Hole(start)).unwrap_or(end);
@@ -55,7 +55,7 @@ fn range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, mut at: u64, end: u64) -> Res
 }
 
 /// Makes `to` (empty) hold the first `len` bytes of `from`, holes kept.
-pub(super) fn whole(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: u64) -> Result<(), Errno> {
+pub(crate) fn whole(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: u64) -> Result<(), Errno> {
     let mut at = 0;
     while at < len {
         let data = next_data(from, at, len);
@@ -66,7 +66,7 @@ pub(super) fn whole(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: u64) -> Resul
 }
 
 /// `pwrite` until all is written.
-pub(super) fn write_all_at(fd: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
+pub(crate) fn write_all_at(fd: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
     while !bytes.is_empty() {
         match rustix::io::pwrite(fd, bytes, at) {
             Ok(0) => return Err(Errno::IO),
@@ -82,7 +82,7 @@ pub(super) fn write_all_at(fd: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) ->
 }
 
 /// Name of a whole file's bytes.
-pub(super) fn hash(file: &File) -> io::Result<ContentHash> {
+pub(crate) fn hash(file: &File) -> io::Result<ContentHash> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 256 * 1024];
     let mut at = 0;

@@ -6,21 +6,22 @@
 //! ```
 //! `receiver` orders and acknowledges, `resolve` turns references into bytes, `staging` keeps large ones, `applier` and `apply` make replica and
 //! manifest follow, `replica`, `attrs`, `patch`, `copy` and `rescue` touch files, `recover` brings a tree that was interrupted to the log's end, `adopt` takes over
-//! files that are here. Each thread owns its state; see ARCHITECTURE §2 and §6.
+//! files that are here; `content` gives contents back to a primary that lost them. Each thread owns its state; see ARCHITECTURE §2 and §6.
 
 mod adopt;
 mod applier;
 mod apply;
-mod attrs;
-mod copy;
+pub(crate) mod attrs;
+mod content;
+pub(crate) mod copy;
 mod error;
 mod object;
 mod patch;
 mod receiver;
 mod recent;
 mod recover;
-mod replica;
-mod rescue;
+pub(crate) mod replica;
+pub(crate) mod rescue;
 mod resolve;
 mod room;
 mod shared;

@@ -17,10 +17,13 @@ use super::copy;
 use crate::tree::Root;
 
 /// Begin of the names of files that are not yet in place.
-pub(super) const TEMP: &[u8] = b".twinbox-apply-";
+pub(crate) const TEMP: &[u8] = b".twinbox-apply-";
+
+/// The same where files are synced: one name, so that what a power cut left of it goes when that directory is healed again.
+const TEMP_HEAL: &[u8] = b".twinbox-heal";
 
 /// Bytes of a file to be written.
-pub(super) enum Bytes<'a> {
+pub(crate) enum Bytes<'a> {
     /// These.
     Here(&'a [u8]),
     /// The first so many of a file.
@@ -28,14 +31,14 @@ pub(super) enum Bytes<'a> {
 }
 
 /// A directory and a name in it.
-pub(super) struct Place {
-    pub(super) dir: OwnedFd,
-    pub(super) name: Vec<u8>,
+pub(crate) struct Place {
+    pub(crate) dir: OwnedFd,
+    pub(crate) name: Vec<u8>,
 }
 
 impl Place {
     /// `lstat`; `None` when nothing is there.
-    pub(super) fn stat(&self) -> Result<Option<Stat>, Errno> {
+    pub(crate) fn stat(&self) -> Result<Option<Stat>, Errno> {
         match rfs::statat(&self.dir, self.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
             Err(Errno::NOENT) => Ok(None),
@@ -49,26 +52,28 @@ impl Place {
 }
 
 /// See the module's text.
-pub(super) struct Replica {
-    pub(super) root: Root,
+pub(crate) struct Replica {
+    pub(crate) root: Root,
     /// Not root: permissions bind us, owners and devices are out of reach.
-    pub(super) ordinary: bool,
-    pub(super) lost: Lost,
+    pub(crate) ordinary: bool,
+    pub(crate) lost: Lost,
     /// Directories whose attributes must be restored.
-    pub(super) dirs: BTreeSet<RelPath>,
+    pub(crate) dirs: BTreeSet<RelPath>,
+    /// A file is durable before it gets its name (where no redo log stands behind it).
+    pub(crate) synced: bool,
     next: u64,
 }
 
-pub(super) fn kind(stat: &Stat) -> FileType {
+pub(crate) fn kind(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
 
-pub(super) fn is_dir(stat: &Stat) -> bool {
+pub(crate) fn is_dir(stat: &Stat) -> bool {
     kind(stat) == FileType::Directory
 }
 
 /// Whether what is on disk is of the entry's type.
-pub(super) fn same_type(stat: &Stat, entry: &Entry) -> bool {
+pub(crate) fn same_type(stat: &Stat, entry: &Entry) -> bool {
     match (&entry.kind, kind(stat)) {
         (Kind::File { .. }, FileType::RegularFile)
         | (Kind::Dir, FileType::Directory)
@@ -82,18 +87,18 @@ pub(super) fn same_type(stat: &Stat, entry: &Entry) -> bool {
 }
 
 impl Replica {
-    pub(super) fn new(root: Root) -> Self {
+    pub(crate) fn new(root: Root) -> Self {
         let ordinary = !rustix::process::geteuid().is_root();
-        Replica { root, ordinary, lost: Lost::new(), dirs: BTreeSet::new(), next: 0 }
+        Replica { root, ordinary, lost: Lost::new(), dirs: BTreeSet::new(), synced: false, next: 0 }
     }
 
     /// Whether this user may make the entry at all.
-    pub(super) fn can_make(&self, entry: &Entry) -> bool {
+    pub(crate) fn can_make(&self, entry: &Entry) -> bool {
         !(self.ordinary && matches!(entry.kind, Kind::Device { .. }))
     }
 
     /// The directory of `path`, open to act in, and its name. The root has no place.
-    pub(super) fn place(&mut self, path: &RelPath) -> Result<Place, Errno> {
+    pub(crate) fn place(&mut self, path: &RelPath) -> Result<Place, Errno> {
         let (dir, name) = path.split().ok_or(Errno::ISDIR)?;
         let parent = RelPath::new(dir).map_err(|_| Errno::INVAL)?;
         let dir = self.open_dir(&parent)?;
@@ -104,7 +109,7 @@ impl Replica {
     }
 
     /// As [`Replica::place`], for a change of the name: the directory's attributes are restored later.
-    pub(super) fn place_to_change(&mut self, path: &RelPath) -> Result<Place, Errno> {
+    pub(crate) fn place_to_change(&mut self, path: &RelPath) -> Result<Place, Errno> {
         #[cfg(test)]
         fault::count_down()?;
         let place = self.place(path)?;
@@ -147,7 +152,7 @@ impl Replica {
     }
 
     /// Whatever is at `path`, as a handle; a link itself.
-    pub(super) fn handle(&mut self, path: &RelPath) -> Result<OwnedFd, Errno> {
+    pub(crate) fn handle(&mut self, path: &RelPath) -> Result<OwnedFd, Errno> {
         if path.is_root() {
             return self.root.dir(b"");
         }
@@ -156,7 +161,7 @@ impl Replica {
     }
 
     /// `lstat`, also below directories closed to an ordinary user.
-    pub(super) fn stat(&mut self, path: &RelPath) -> Result<Option<Stat>, Errno> {
+    pub(crate) fn stat(&mut self, path: &RelPath) -> Result<Option<Stat>, Errno> {
         if path.is_root() {
             return rfs::fstat(self.root.fd()).map(Some);
         }
@@ -168,7 +173,7 @@ impl Replica {
     }
 
     /// Opens a regular file; an ordinary user gives himself permission, the attributes are set afterwards by the caller.
-    pub(super) fn file(&mut self, path: &RelPath, write: bool) -> Result<File, Errno> {
+    pub(crate) fn file(&mut self, path: &RelPath, write: bool) -> Result<File, Errno> {
         let place = self.place(path)?;
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -196,6 +201,9 @@ impl Replica {
     }
 
     fn temp_name(&mut self) -> Vec<u8> {
+        if self.synced {
+            return TEMP_HEAL.to_vec();
+        }
         self.next += 1;
         [TEMP, self.next.to_string().as_bytes()].concat()
     }
@@ -226,7 +234,7 @@ impl Replica {
     }
 
     /// A regular file appears at `path`, whole, instead of whatever file is there.
-    pub(super) fn put(&mut self, path: &RelPath, entry: &Entry, bytes: &Bytes<'_>) -> Result<(), Errno> {
+    pub(crate) fn put(&mut self, path: &RelPath, entry: &Entry, bytes: &Bytes<'_>) -> Result<(), Errno> {
         let place = self.place_to_change(path)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = std::cell::Cell::new(None);
@@ -242,13 +250,14 @@ impl Replica {
                     Bytes::Here(bytes) => copy::write_all_at(fd.as_fd(), bytes, 0)?,
                     Bytes::File(file, len) => copy::whole(file.as_fd(), fd.as_fd(), *len)?,
                 }
-                attrs::set(fd.as_fd(), entry, replica.ordinary, &mut replica.lost)
+                attrs::set(fd.as_fd(), entry, replica.ordinary, &mut replica.lost)?;
+                if replica.synced { rfs::fsync(&fd) } else { Ok(()) }
             },
         )
     }
 
     /// A link, pipe or device appears at `path` instead of whatever file is there; or a directory where none is.
-    pub(super) fn make(&mut self, path: &RelPath, entry: &Entry) -> Result<(), Errno> {
+    pub(crate) fn make(&mut self, path: &RelPath, entry: &Entry) -> Result<(), Errno> {
         if entry.is_dir() {
             if !path.is_root() {
                 let place = self.place_to_change(path)?;
@@ -281,7 +290,7 @@ impl Replica {
     }
 
     /// `to` becomes another name of the file at `from`, instead of whatever file is there.
-    pub(super) fn link(&mut self, from: &RelPath, to: &RelPath) -> Result<(), Errno> {
+    pub(crate) fn link(&mut self, from: &RelPath, to: &RelPath) -> Result<(), Errno> {
         let source = self.place(from)?;
         let target = self.place_to_change(to)?;
         if let (Some(a), Some(b)) = (source.stat()?, target.stat()?)
@@ -297,7 +306,7 @@ impl Replica {
     }
 
     /// rename(2); two names of one file become one.
-    pub(super) fn rename(&mut self, from: &RelPath, to: &RelPath) -> Result<(), Errno> {
+    pub(crate) fn rename(&mut self, from: &RelPath, to: &RelPath) -> Result<(), Errno> {
         let (source, target) = (self.place_to_change(from)?, self.place_to_change(to)?);
         if let (Some(a), Some(b)) = (source.stat()?, target.stat()?)
             && (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
@@ -316,7 +325,7 @@ impl Replica {
     }
 
     /// A file or an empty directory goes; gone already is fine.
-    pub(super) fn remove(&mut self, path: &RelPath) -> Result<(), Errno> {
+    pub(crate) fn remove(&mut self, path: &RelPath) -> Result<(), Errno> {
         let place = match self.place_to_change(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
             other => other?,
@@ -334,7 +343,7 @@ impl Replica {
     }
 
     /// Attributes alone.
-    pub(super) fn set_attrs(&mut self, path: &RelPath, entry: &Entry) -> Result<(), Errno> {
+    pub(crate) fn set_attrs(&mut self, path: &RelPath, entry: &Entry) -> Result<(), Errno> {
         let handle = self.handle(path)?;
         attrs::set(handle.as_fd(), entry, self.ordinary, &mut self.lost)
     }
@@ -342,7 +351,7 @@ impl Replica {
 
 /// A fault for tests: on this thread, changes fail with "no space" after so many.
 #[cfg(test)]
-pub(super) mod fault {
+pub(crate) mod fault {
     use std::cell::Cell;
 
     use rustix::io::Errno;
@@ -351,7 +360,7 @@ pub(super) mod fault {
         pub(in crate::standby) static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
     }
 
-    pub(super) fn count_down() -> Result<(), Errno> {
+    pub(crate) fn count_down() -> Result<(), Errno> {
         match LEFT.get() {
             Some(0) => Err(Errno::NOSPC),
             Some(left) => {

@@ -131,6 +131,7 @@ pub(crate) fn control() {
         ("to-standby-begin", ToStandby::Begin { from: at(10), reset: true }),
         ("to-standby-heartbeat", ToStandby::Heartbeat { seq: 9, wall_ns: 1, stored: Lsn(8) }),
         ("to-standby-gone", ToStandby::Gone { hash }),
+        ("to-standby-fetch", ToStandby::Fetch { path: path("a/new/1.M1.host"), hash }),
     ] {
         put(0, name, encode(&message));
     }
@@ -147,6 +148,9 @@ pub(crate) fn control() {
         ("to-primary-miss", ToPrimary::Miss { hash }),
         ("to-primary-heartbeat", ToPrimary::Heartbeat { seq: 9, wall_ns: -5 }),
         ("to-primary-problem", ToPrimary::Problem { message: "disk full".into() }),
+        ("to-primary-piece", ToPrimary::Piece { bytes: ByteBuf::from("From: a") }),
+        ("to-primary-fetched", ToPrimary::Fetched { hash }),
+        ("to-primary-not-here", ToPrimary::NotHere { hash }),
     ] {
         put(1, name, encode(&message));
     }

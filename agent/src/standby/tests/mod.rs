@@ -2,6 +2,7 @@
 
 mod adopt;
 mod apply;
+mod content;
 mod hostile;
 mod ordinary;
 mod receive;
