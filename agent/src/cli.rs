@@ -56,6 +56,9 @@ pub enum Command {
     /// Make two nodes trust each other by a one-time code
     #[command(after_long_help = help::pair())]
     Pair(Pair),
+    /// After a power cut: bring back from the standby what this disk lost, before the mail server starts
+    #[command(after_long_help = help::heal())]
+    Heal(Heal),
     /// Run the agent in the foreground
     #[command(after_long_help = help::run())]
     Run(Run),
@@ -201,6 +204,26 @@ impl Pair {
     pub fn lifetime(&self) -> Duration {
         Duration::from_secs(self.expires * 60)
     }
+}
+
+/// `twinbox heal`
+#[derive(Debug, Args)]
+pub struct Heal {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Only this mirror; may be repeated [default: every mirror this node is primary of]
+    #[arg(short, long, value_name = "MIRROR")]
+    pub mirror: Vec<MirrorName>,
+    /// Give up when no standby has answered for so long, as in 90s or 10m, and end with 15 [default: wait]
+    #[arg(short, long, value_name = "TIME", value_parser = crate::duration::parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Compare with the standby even if this machine was not cut from power
+    #[arg(long)]
+    pub force: bool,
+    /// Print what was done as one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `twinbox run`

@@ -32,7 +32,7 @@ fn every_command_has_an_example_and_its_exit_codes() {
         assert!(help.contains("Examples:\n  ") && help.contains(&format!("twinbox {name}")), "{name}:\n{help}");
         assert!(help.contains("  0  done"), "{name}:\n{help}");
     }
-    assert_eq!(seen, 10);
+    assert_eq!(seen, 11);
 }
 
 #[test]
@@ -59,6 +59,7 @@ fn commands() {
         "twinbox demo --seconds 3 --keep",
         "twinbox run --config c --adopt mail --log-level debug",
         "twinbox reload --config c",
+        "twinbox heal --config c --mirror mail --timeout 10m --force --json",
         "twinbox status --config c --json --watch",
         "twinbox compare a b --json --layout maildir",
     ] {

@@ -40,13 +40,15 @@ pub enum ExitCode {
     NotInTime = 13,
     /// A fence was asked for while no standby follows.
     Unprotected = 14,
+    /// After a power cut, what this disk lacks is not known: the standby does not answer.
+    Unhealed = 15,
     /// Stopped by Ctrl-C before the job was done.
     Interrupted = 130,
 }
 
 impl ExitCode {
     /// Every code, ascending.
-    pub const ALL: [ExitCode; 16] = [
+    pub const ALL: [ExitCode; 17] = [
         ExitCode::Ok,
         ExitCode::Failure,
         ExitCode::Usage,
@@ -62,6 +64,7 @@ impl ExitCode {
         ExitCode::Permission,
         ExitCode::NotInTime,
         ExitCode::Unprotected,
+        ExitCode::Unhealed,
         ExitCode::Interrupted,
     ];
 
@@ -90,6 +93,7 @@ impl ExitCode {
             ExitCode::Permission => "permission denied",
             ExitCode::NotInTime => "the fence was not through in time; the changes still travel",
             ExitCode::Unprotected => "no standby follows: what changes now exists once",
+            ExitCode::Unhealed => "after a power cut this disk may lack mail, and no standby answers that could tell",
             ExitCode::Interrupted => "interrupted by Ctrl-C before the job was done",
         }
     }
@@ -129,7 +133,7 @@ mod tests {
     #[test]
     fn the_numbers_are_an_interface() {
         let numbers: Vec<u8> = ExitCode::ALL.map(ExitCode::code).to_vec();
-        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 130]);
+        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 130]);
         let table = ExitCode::table();
         assert_eq!(table.lines().count(), 1 + ExitCode::ALL.len());
         assert!(table.contains("  9  the two sides differ"), "{table}");

@@ -10,6 +10,7 @@ use crate::capture::CaptureError;
 use crate::capture::watch::WatchError;
 use crate::config::ConfigError;
 use crate::exit::ExitCode;
+use crate::heal::{HealError, WorkError};
 use crate::net::{BindError, IdentityError};
 use crate::roles::RoleError;
 use crate::standby::StandbyError;
@@ -79,6 +80,7 @@ fn of_capture(error: &CaptureError) -> ExitCode {
         CaptureError::Root { .. } | CaptureError::RootGone { .. } => ExitCode::BadPath,
         CaptureError::Watch(WatchError::Limit { .. } | WatchError::Instances { .. }) => ExitCode::Watches,
         CaptureError::State(error) => of_state(error),
+        CaptureError::NotHealed {} => ExitCode::Unhealed,
         CaptureError::Io(error) => of_io(error),
         _ => ExitCode::Failure,
     }
@@ -106,6 +108,19 @@ impl From<RoleError> for Failure {
             RoleError::OtherRoot { .. } => ExitCode::BadPath,
             RoleError::OtherMachine { .. } => ExitCode::State,
             RoleError::Random(_) => ExitCode::Failure,
+        };
+        Failure::new(code, text(&error))
+    }
+}
+
+impl From<HealError> for Failure {
+    fn from(error: HealError) -> Self {
+        let code = match error {
+            HealError::Role(error) => return error.into(),
+            HealError::NoStandby { .. } => ExitCode::Unhealed,
+            HealError::Remote { .. } | HealError::Work { source: WorkError::Remote(_), .. } => ExitCode::Peer,
+            HealError::State(ref error) | HealError::Work { source: WorkError::State(ref error), .. } => of_state(error),
+            _ => ExitCode::Io,
         };
         Failure::new(code, text(&error))
     }

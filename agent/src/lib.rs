@@ -11,6 +11,7 @@ pub mod exit;
 pub mod failure;
 pub mod fences;
 pub mod glob;
+pub mod heal;
 pub mod layout;
 pub mod link;
 pub mod local;

@@ -10,11 +10,16 @@ use crate::capture::CaptureHandle;
 use crate::exit::ExitCode;
 use crate::failure::Failure;
 use crate::glob::Glob;
+use crate::heal;
 use crate::layout::{Grouping, Layout, Selection};
+use crate::link::paths::Paths;
 use crate::net::{Endpoint, NodeKey, PinnedPeers, Tuning};
 use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
 use crate::standby::StandbyHandle;
 use crate::status::MirrorStatus;
+
+/// The replica is in this very process: without an answer something is broken.
+const HEAL_WITHIN: std::time::Duration = std::time::Duration::from_secs(600);
 
 /// A running pair.
 pub struct LocalPair {
@@ -55,6 +60,19 @@ fn apart(a: &Path, b: &Path, a_is: &str, b_is: &str) -> Result<(), Failure> {
         () => return Ok(()),
     };
     Err(Failure::new(ExitCode::BadPath, format!("{why}: choose directories that do not contain each other")))
+}
+
+/// Before anything is shipped: what the source lost in a power cut comes back from the replica.
+fn heal_source(state: &Path, spec: &MirrorSpec, dialler: &Endpoint, peer: &PeerSpec) -> Result<(), Failure> {
+    let Some(job) = heal::need("primary", state, spec.clone(), false)? else { return Ok(()) };
+    let paths = Paths::start(dialler, &peer.node, &peer.addresses, peer.fingerprint);
+    let deadline = tokio::time::Instant::now() + HEAL_WITHIN;
+    let runtime = tokio::runtime::Handle::current();
+    let (_, done) = runtime.block_on(heal::until_healed(&job, Some(&paths), Some(deadline), |_| {}))?;
+    if done.restored + done.replaced > 0 {
+        eprintln!("After a power cut {} paths of {} came back from the replica.", done.restored + done.replaced, spec.root.display());
+    }
+    Ok(())
 }
 
 impl LocalPair {
@@ -110,6 +128,7 @@ impl LocalPair {
         let bounds = Bounds::default();
         let peer = PeerSpec { node: "standby".into(), addresses: vec![addr], fingerprint: sk.fingerprint() };
         let standby = Roles::start("standby", &s, vec![mirror(Role::Standby, &replica)], &[], std::slice::from_ref(&listener), bounds)?;
+        heal_source(&p, &mirror(Role::Primary, &source), &dialler, &peer)?;
         let primary = Roles::start("primary", &p, vec![mirror(Role::Primary, &source)], &[peer], std::slice::from_ref(&dialler), bounds)?;
         Ok(LocalPair { primary, standby, _endpoints: vec![listener, dialler], _lock: lock })
     }

@@ -43,6 +43,7 @@ async fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Mirror(args) => cmd::mirror::run(&args, quiet).await,
         Command::Init(args) => cmd::init::run(&args, quiet),
         Command::Pair(args) => cmd::pair::run(&args).await,
+        Command::Heal(args) => cmd::heal::run(&args, quiet).await,
         Command::Run(args) => cmd::run::run(&args).await,
         Command::Reload(args) => cmd::status::reload(&args, quiet).await,
         Command::Status(args) => cmd::status::run(&args).await,

@@ -29,6 +29,7 @@ use crate::status::{
 };
 
 /// One mirror as configured.
+#[derive(Clone)]
 pub struct MirrorSpec {
     /// Name.
     pub name: String,
@@ -141,7 +142,7 @@ pub fn random<const N: usize>() -> Result<[u8; N], RoleError> {
 }
 
 /// Notes which directory and machine the state is made for, and refuses any other until it is adopted.
-fn bind_root(state: &NodeState, spec: &MirrorSpec) -> Result<(), RoleError> {
+pub(crate) fn bind_root(state: &NodeState, spec: &MirrorSpec) -> Result<(), RoleError> {
     use std::os::unix::fs::MetadataExt;
     let Ok(meta) = std::fs::metadata(&spec.root) else { return Ok(()) }; // Said by whoever opens it.
     let made = meta.created().ok().and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos());
@@ -290,6 +291,27 @@ impl Roles {
         roles.connect(peers, endpoints);
         roles.serve(node, incarnation, state_dir, endpoints);
         Ok(roles)
+    }
+
+    /// Starts those of `mirrors` that this node is standby of, and nothing else.
+    ///
+    /// # Errors
+    /// [`RoleError`]: nothing is running then.
+    pub fn start_standbys(
+        node: &str,
+        state_dir: &std::path::Path,
+        mut mirrors: Vec<MirrorSpec>,
+        endpoints: &[Endpoint],
+        bounds: Bounds,
+    ) -> Result<Self, RoleError> {
+        let state = NodeState::open(state_dir)?;
+        let mut standby = vec![];
+        for spec in mirrors.drain(..) {
+            if state.mirror(&spec.name)?.map_or(spec.role, |known| known.role) == Role::Standby {
+                standby.push(spec);
+            }
+        }
+        Self::start(node, state_dir, standby, &[], endpoints, bounds)
     }
 
     /// Dials the peers anew (after a reload or a pairing).

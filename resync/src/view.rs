@@ -29,6 +29,8 @@ pub struct View {
     undo: Vec<(RelPath, Option<Version>)>,
     digest_before: Digest,
     retire: Vec<(Lsn, ContentHash)>,
+    /// What paths had before is forgotten up to here.
+    pruned: Lsn,
 }
 
 impl View {
@@ -47,6 +49,7 @@ impl View {
             undo: vec![],
             digest_before: digest,
             retire: vec![],
+            pruned: Lsn::ZERO,
         }
     }
 
@@ -286,6 +289,18 @@ impl View {
                 self.manifest.note_before(path, hash, *at).map_err(|e| store(&e))?;
             }
             had = now;
+        }
+        Ok(())
+    }
+
+    /// Everything up to `durable` survives a power cut here; stored with the next commit.
+    ///
+    /// # Errors
+    /// [`RowError::Store`].
+    pub fn prune_before(&mut self, durable: Lsn) -> Result<(), RowError> {
+        if durable > self.pruned {
+            self.manifest.begin().and_then(|()| self.manifest.prune_before(durable)).map_err(|e| store(&e))?;
+            self.pruned = durable;
         }
         Ok(())
     }

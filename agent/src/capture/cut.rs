@@ -238,6 +238,7 @@ impl Engine {
                 self.unreadable.remove(&path);
                 let read = super::dirty::weight(&seen);
                 if let Seen::Present(found) = &seen {
+                    self.note_in_place(found, row.as_ref())?;
                     self.other_names(name, &path, found, row.as_ref())?;
                     if matches!(found.body, Body::Bytes(_) | Body::Recipe(_))
                         && self.sets.group(name).bytes > GROUP_BYTES
@@ -304,6 +305,19 @@ impl Engine {
         Ok(())
     }
 
+    /// Another content of the same inode: after a power cut its times cannot be trusted.
+    fn note_in_place(&mut self, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
+        let changed = |row: &&Row| {
+            row.local.is_some_and(|local| local.ino == found.local.ino)
+                && row.entry.hash().is_some()
+                && row.entry.hash() != found.entry.hash()
+        };
+        if row.filter(changed).is_some() {
+            self.view.note_in_place(found.local.ino)?;
+        }
+        Ok(())
+    }
+
     /// Gives a file to the bulk thread.
     fn send_ahead(&mut self, name: &[u8], path: RelPath, row: Option<&Row>) -> Result<(), CaptureError> {
         let Some(session) = &self.session else { return Ok(()) };
@@ -361,7 +375,12 @@ impl Engine {
         for (path, seen) in &mut seen {
             match seen {
                 Seen::Skip => flags |= FLAG_PARTIAL,
-                Seen::Present(found) => self.remember(path, found)?,
+                Seen::Present(found) => {
+                    if matches!(found.body, Body::Patch { .. }) {
+                        self.view.note_in_place(found.local.ino)?;
+                    }
+                    self.remember(path, found)?;
+                }
                 Seen::Absent => {}
             }
         }
@@ -403,6 +422,7 @@ impl Engine {
         let files = ops.iter().filter(|op| !matches!(op, Op::SetMeta { .. })).count();
         let weight: usize = ops.iter().map(Op::weight).sum();
         let Some((lsn, frames)) = self.outbox.seal(ops, flags, self.view.digest(), super::engine::wall_ns()) else { return };
+        self.disk.issued(lsn);
         self.summary.txns += 1;
         self.summary.files += files as u64;
         self.summary.bytes += weight as u64;
@@ -476,8 +496,11 @@ impl Engine {
             }
             self.durable = done.position.lsn;
             self.view.handle_durable(done.position)?;
+            let local = self.disk.durable();
+            self.view.prune_before(local)?;
             if let Some(session) = &self.session {
-                let _ = session.out.send(ToLink::Stored(done.position.lsn));
+                // A tombstone that is not durable here yet may be needed to heal.
+                let _ = session.out.send(ToLink::Stored(done.position.lsn.min(local)));
             }
         }
         Ok(())

@@ -29,6 +29,7 @@ use twinbox_resync::view::View;
 use super::bulk::{self, Job};
 use super::closers::Closers;
 use super::dirty::{DirtySets, Group, Pending};
+use super::durable::LocalDisk;
 use super::fence::{Holds, Waiter};
 use super::messages::{CaptureHandle, CaptureStatus, Command};
 use super::pulse::{CANARY_EVERY, Pulse, Stage};
@@ -98,6 +99,11 @@ pub enum CaptureError {
     /// Rows failed.
     #[error("{0}")]
     Rows(#[from] RowError),
+    /// This disk may lack what was shipped.
+    #[error(
+        "after a power cut this disk may lack mail that the standby has: `twinbox heal` brings it back, and `twinbox run` does so by itself; until then nothing is shipped"
+    )]
+    NotHealed {},
     /// A system call of the loop failed.
     #[error("capture: {0}")]
     Io(#[from] io::Error),
@@ -203,6 +209,7 @@ pub(super) struct Engine {
     pub(super) holds: Holds,
     /// Files whose writers close them.
     pub(super) closers: Closers,
+    pub(super) disk: LocalDisk,
     pub(super) flights: VecDeque<(Lsn, Instant, Instant)>,
     pub(super) latencies: VecDeque<u32>,
     /// The first sync's last groups: those with something left when its comparison ended; then the LSN that carries the last of it.
@@ -264,6 +271,11 @@ impl Engine {
         manifest.set_digest_key(config.known.digest_key).map_err(|e| manifest.state_error(&e))?;
         let position = manifest.position().map_err(|e| manifest.state_error(&e))?;
         let node = NodeState::open(&config.state_dir)?;
+        let boot = crate::heal::boot_id().map_err(io)?;
+        if crate::heal::needs_heal(&node, &config.name, &boot, position.lsn)? {
+            return Err(CaptureError::NotHealed {});
+        }
+        let disk = LocalDisk::start(&root, NodeState::open(&config.state_dir)?, &config.name, &boot, position.lsn)?;
         let outbox = Outbox::new(position, config.known.reserved);
         let watch = Watch::new(root.fd(), &cookie_parent(&config.mirror_dir))?;
         let jobs = bulk::start(root.clone(), handle.clone());
@@ -300,6 +312,7 @@ impl Engine {
             applied_at: now,
             holds: Holds::default(),
             closers: Closers::default(),
+            disk,
             flights: VecDeque::new(),
             latencies: VecDeque::new(),
             last_groups: None,
@@ -330,7 +343,9 @@ impl Engine {
         loop {
             self.pulse.enter(Stage::Commit);
             if !self.commands()? {
-                return Ok(self.view.store_locals()?);
+                self.view.store_locals()?;
+                self.disk.stopped(self.outbox.last().lsn, &self.node);
+                return Ok(());
             }
             self.pulse.enter(Stage::Watch);
             self.take_events()?;

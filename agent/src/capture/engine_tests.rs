@@ -227,7 +227,8 @@ impl Rig {
         walk(&self.root, &RelPath::root(), &mut disk);
         let names: BTreeSet<RelPath> = rows.iter().map(|(path, _)| path.clone()).collect();
         assert_eq!(names, disk);
-        let (mut here, mut there): (BTreeMap<u64, BTreeSet<&RelPath>>, BTreeMap<u64, BTreeSet<&RelPath>>) = Default::default();
+        let mut here: BTreeMap<u64, BTreeSet<&RelPath>> = BTreeMap::new();
+        let mut there = here.clone();
         for (path, row) in rows.iter().filter(|(_, row)| !row.entry.is_dir()) {
             here.entry(fs::symlink_metadata(self.root.join(path.to_string())).unwrap().ino()).or_default().insert(path);
             there.entry(row.local.unwrap().ino).or_default().insert(path);

@@ -2,12 +2,14 @@
 //!
 //! One thread owns everything here (`engine`); `watch` is the kernel's queue and the directory tree, `dirty` what may differ, `look` one stable look at one path,
 //! `scan` compares listings with the manifest, `cut` takes rounds and commits, `session` follows the standby, `fence` answers those who wait, `bulk` reads large files on a thread of its own; `pulse` says
-//! what the thread is doing to those who watch it.
+//! what the thread is doing to those who watch it,
+//! `durable` keeps what of it all this machine's own disk has.
 
 pub mod bulk;
 mod closers;
 mod cut;
 pub mod dirty;
+mod durable;
 pub mod engine;
 pub mod fence;
 pub mod look;

@@ -85,12 +85,41 @@ If this node is behind NAT or has several addresses, name the ones to use with -
     )
 }
 
+pub(super) fn heal() -> String {
+    sections(
+        "
+  twinbox heal
+  twinbox heal --timeout 10m || echo the standby is needed
+  systemctl enable twinbox-heal        (packaging/twinbox-heal.service: runs it before the mail server)
+
+The standby can have mail that this machine's disk lost when its power was cut. After an orderly stop, or
+when only the agent was killed, there is nothing to do and nobody is asked. Meant for a mail server that
+is not running. What was changed here after the last transaction is never overwritten; where that cannot
+be told, both versions are kept and the message says where. May be repeated, and interrupted.",
+        &[
+            Exit::Ok,
+            Exit::Failure,
+            Exit::Usage,
+            Exit::Config,
+            Exit::BadPath,
+            Exit::State,
+            Exit::Listen,
+            Exit::Peer,
+            Exit::Io,
+            Exit::Permission,
+            Exit::Unhealed,
+            Exit::Interrupted,
+        ],
+    )
+}
+
 pub(super) fn run() -> String {
     sections(
         "
   twinbox run --config /etc/twinbox/twinbox.toml
   systemctl enable --now twinbox       (packaging/twinbox.service)
 
+After a power cut it first does what `twinbox heal` does; until that is done nothing is shipped.
 SIGTERM and Ctrl-C drain and stop; SIGHUP reads the configuration again. Tells systemd when it is ready.",
         &[Exit::Ok, Exit::Failure, Exit::Config, Exit::BadPath, Exit::State, Exit::Listen, Exit::Io, Exit::Watches, Exit::Permission],
     )

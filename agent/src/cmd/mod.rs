@@ -3,6 +3,7 @@
 pub mod compare;
 pub mod demo;
 pub mod fence;
+pub mod heal;
 pub mod init;
 pub mod mirror;
 pub mod pair;

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
@@ -20,6 +20,9 @@ use crate::config::{Config, Role};
 use crate::exit::ExitCode;
 use crate::failure::Failure;
 use crate::fences::Fences;
+use crate::heal::waiting::{Unhealed, heal_all};
+use crate::heal::{self, Job};
+use crate::link::paths::Paths;
 use crate::net::{Endpoint, Fingerprint, NodeKey, PinnedPeers, Tuning};
 use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
 use crate::status::{SCHEMA, Status};
@@ -27,7 +30,7 @@ use crate::status::{SCHEMA, Status};
 /// How long a stop waits for what is under way.
 const DRAIN: Duration = Duration::from_secs(15);
 
-fn mirrors(config: &Config, adopt: &[String]) -> Vec<MirrorSpec> {
+pub(super) fn mirrors(config: &Config, adopt: &[String]) -> Vec<MirrorSpec> {
     let spec = |mirror: &crate::config::Mirror| MirrorSpec {
         name: mirror.name.as_str().into(),
         root: mirror.root.clone(),
@@ -45,7 +48,7 @@ fn mirrors(config: &Config, adopt: &[String]) -> Vec<MirrorSpec> {
     config.mirrors.iter().map(spec).collect()
 }
 
-fn peers(config: &Config) -> Result<Vec<PeerSpec>, Failure> {
+pub(super) fn peers(config: &Config) -> Result<Vec<PeerSpec>, Failure> {
     let mut out = vec![];
     for peer in &config.peers {
         let Some(text) = &peer.fingerprint else {
@@ -60,7 +63,7 @@ fn peers(config: &Config) -> Result<Vec<PeerSpec>, Failure> {
     Ok(out)
 }
 
-fn pin(pins: &PinnedPeers, peers: &[PeerSpec]) -> Result<(), Failure> {
+pub(super) fn pin(pins: &PinnedPeers, peers: &[PeerSpec]) -> Result<(), Failure> {
     let all: BTreeMap<_, _> = peers.iter().map(|p| (p.fingerprint, p.node.clone())).collect();
     pins.replace(all).map_err(|error| Failure::new(ExitCode::Config, error.to_string()))
 }
@@ -72,7 +75,8 @@ struct Agent {
     roles: Mutex<Roles>,
     node: String,
     started: Instant,
-    fences: Fences,
+    fences: std::sync::RwLock<Arc<Fences>>,
+    unhealed: Unhealed,
 }
 
 impl Agent {
@@ -94,7 +98,19 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             uptime_s: self.started.elapsed().as_secs(),
-            mirrors: self.roles.lock().await.status(),
+            mirrors: {
+                let mut all = self.roles.lock().await.status();
+                all.extend(self.unhealed.status());
+                all
+            },
+        }
+    }
+
+    /// What fences go by. While a mirror is not healed nobody is told that anything is on two machines.
+    fn fences(&self) -> Result<Arc<Fences>, Response> {
+        match self.unhealed.names().first() {
+            Some(name) => Err(Response::error("unprotected", format!("mirror `{name}` is being healed after a power cut"))),
+            None => Ok(self.fences.read().unwrap_or_else(PoisonError::into_inner).clone()),
         }
     }
 }
@@ -127,12 +143,21 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
         dirty_max: config.limits.dirty_paths_max as usize,
         redo_max: config.limits.redo_max_mib << 20,
     };
-    let roles = tokio::task::block_in_place(|| {
-        Roles::start(config.node.as_str(), &config.state, mirrors(&config, &adopt), &peers, &endpoints, bounds)
-    })?;
-    let fences = roles.fences();
+    let specs = mirrors(&config, &adopt);
+    let jobs = tokio::task::block_in_place(|| unhealed(&config, &specs))?;
+    let unhealed = Unhealed::of(&jobs);
+    let start = |endpoints: &[Endpoint], unhealed: &Unhealed| {
+        let not_yet = unhealed.names();
+        let whole = specs.iter().filter(|spec| !not_yet.contains(&spec.name)).cloned().collect();
+        tokio::task::block_in_place(|| Roles::start(config.node.as_str(), &config.state, whole, &peers, endpoints, bounds))
+    };
+    let roles = start(&endpoints, &unhealed)?;
+    let (some_healed, mut healed) = mpsc::channel(1);
+    let healing = tokio::spawn(heal_all(jobs, standby_of(&peers, &endpoints), unhealed.clone(), some_healed));
+    let fences = std::sync::RwLock::new(Arc::new(roles.fences()));
     let agent = Arc::new(Agent {
         fences,
+        unhealed,
         path: args.file.config.clone(),
         pins,
         endpoints,
@@ -163,9 +188,18 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                         let _ = ask_stop.try_send(());
                         Response::done()
                     }
-                    Request::Fence(fence) => agent.fences.fence(&fence).await,
-                    Request::TxnBegin { path, timeout } => agent.fences.begin(&path, timeout).await,
-                    Request::TxnCommit { txn, fence, nowait } => agent.fences.commit(txn, &fence, nowait).await,
+                    Request::Fence(fence) => match agent.fences() {
+                        Ok(fences) => fences.fence(&fence).await,
+                        Err(refusal) => refusal,
+                    },
+                    Request::TxnBegin { path, timeout } => match agent.fences() {
+                        Ok(fences) => fences.begin(&path, timeout).await,
+                        Err(refusal) => refusal,
+                    },
+                    Request::TxnCommit { txn, fence, nowait } => match agent.fences() {
+                        Ok(fences) => fences.commit(txn, &fence, nowait).await,
+                        Err(refusal) => refusal,
+                    },
                     Request::Ping => Response::done(),
                 }
             }
@@ -196,6 +230,20 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                     tracing::error!(error = %failure, "configuration not taken over; the old one stays");
                 }
             }
+            Some(()) = healed.recv() => {
+                let mut roles = agent.roles.lock().await;
+                tokio::task::block_in_place(|| roles.stop());
+                match start(&agent.endpoints, &agent.unhealed) {
+                    Ok(started) => {
+                        *agent.fences.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(started.fences());
+                        *roles = started;
+                    }
+                    Err(error) => {
+                        ended = Some(error.into());
+                        break;
+                    }
+                }
+            }
             _ = check.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);
                 let (captures, stalls) = {
@@ -222,6 +270,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             }
         }
     }
+    healing.abort();
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     tracing::info!("stopping: finishing what is under way");
     let captures = agent.roles.lock().await.captures();
@@ -246,7 +295,22 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     }
 }
 
-fn check_root(root: &Path) -> Result<(), Failure> {
+/// The mirrors whose disk may lack what was shipped.
+fn unhealed(config: &Config, specs: &[MirrorSpec]) -> Result<Vec<Job>, Failure> {
+    let mut jobs = vec![];
+    for spec in specs {
+        jobs.extend(heal::need(config.node.as_str(), &config.state, spec.clone(), false)?);
+    }
+    Ok(jobs)
+}
+
+/// The way to the first peer.
+pub(super) fn standby_of(peers: &[PeerSpec], endpoints: &[Endpoint]) -> Option<Paths> {
+    let (peer, endpoint) = (peers.first()?, endpoints.first()?);
+    Some(Paths::start(endpoint, &peer.node, &peer.addresses, peer.fingerprint))
+}
+
+pub(super) fn check_root(root: &Path) -> Result<(), Failure> {
     match std::fs::metadata(root) {
         Ok(meta) if meta.is_dir() => Ok(()),
         Ok(_) => Err(Failure::new(ExitCode::BadPath, format!("root {}: not a directory", root.display()))),

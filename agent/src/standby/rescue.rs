@@ -21,15 +21,17 @@ use crate::tree;
 
 /// Why something is kept; part of the directory's name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Why {
+pub(crate) enum Why {
     /// Not what the manifest says: a local change.
     Drift,
     /// Found when the directory was taken over.
     Adopt,
+    /// The standby's version of a file of which this disk, after a power cut, has another that may be newer.
+    Heal,
 }
 
 /// See the module's text.
-pub(super) struct Rescue {
+pub(crate) struct Rescue {
     base: PathBuf,
 }
 
@@ -38,14 +40,18 @@ fn sys(error: &io::Error) -> Errno {
 }
 
 impl Rescue {
-    pub(super) fn new(state_dir: &Path) -> Self {
+    pub(crate) fn new(state_dir: &Path) -> Self {
         Rescue { base: state_dir.join("rescue") }
     }
 
     /// A path under rescue that is free, its directory made.
-    fn room(&self, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+    pub(crate) fn room(&self, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
         let secs = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let kind = if why == Why::Drift { "drift" } else { "adopt" };
+        let kind = match why {
+            Why::Drift => "drift",
+            Why::Adopt => "adopt",
+            Why::Heal => "heal",
+        };
         let mut relative = PathBuf::from(OsStr::from_bytes(path.as_bytes()));
         if path.as_bytes().len() + self.base.as_os_str().len() > 3900 {
             // Longer than one system call takes: kept under a name made of its hash, the end of the path beside it.
@@ -67,7 +73,7 @@ impl Rescue {
     }
 
     /// Moves what is at `path`, with everything below it, to rescue.
-    pub(super) fn take(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+    pub(crate) fn take(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
         let target = self.room(path, why)?;
         let place = replica.place_to_change(path)?;
         match rfs::renameat(&place.dir, place.name.as_slice(), rfs::CWD, &target) {
@@ -81,7 +87,7 @@ impl Rescue {
     }
 
     /// Keeps a copy of a file that will be changed in place.
-    pub(super) fn copy(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+    pub(crate) fn copy(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
         let target = self.room(path, why)?;
         copy_out(replica, path, &target)?;
         Ok(target)
@@ -124,7 +130,7 @@ fn copy_out(replica: &mut Replica, path: &RelPath, target: &Path) -> Result<(), 
 }
 
 /// What a directory on disk holds.
-pub(super) fn children(replica: &mut Replica, path: &RelPath) -> Result<Vec<RelPath>, Errno> {
+pub(crate) fn children(replica: &mut Replica, path: &RelPath) -> Result<Vec<RelPath>, Errno> {
     let place = if path.is_root() { None } else { Some(replica.place(path)?) };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = match &place {

@@ -5,10 +5,12 @@
 //! Both are in the same file as the rows, so they are as old as the rows are, whatever the cut took.
 
 use rusqlite::{OptionalExtension, params};
+use twinbox_protocol::entry::{Entry, Time};
 use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::path::RelPath;
 
-use super::Manifest;
+use super::{Manifest, decode, join, split};
+use crate::rows::Local;
 
 impl Manifest {
     /// Notes that `path` had this content until `lsn` took it.
@@ -38,6 +40,65 @@ impl Manifest {
         self.db.prepare_cached("DELETE FROM before WHERE lsn <= ?1")?.execute([durable.0 as i64]).map(|_| ())
     }
 
+    /// Some rows after a path, in the order of directories: a directory before what is in it.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn rows_after(&self, path: Option<&RelPath>, most: usize) -> rusqlite::Result<Vec<(RelPath, Entry)>> {
+        let (dir, name) = path.map_or((&b""[..], &b""[..]), split);
+        let sql = if path.is_some() {
+            "SELECT dir, name, entry, ino, ctime_s, ctime_ns FROM file WHERE (dir, name) > (?1, ?2) ORDER BY dir, name LIMIT ?3"
+        } else {
+            "SELECT dir, name, entry, ino, ctime_s, ctime_ns FROM file WHERE (dir, name) >= (?1, ?2) ORDER BY dir, name LIMIT ?3"
+        };
+        let mut statement = self.db.prepare_cached(sql)?;
+        let mut rows = statement.query(params![dir, name, most as i64])?;
+        let mut out = vec![];
+        while let Some(sql) = rows.next()? {
+            if let Ok(path) = join(sql.get_ref(0)?.as_blob()?, sql.get_ref(1)?.as_blob()?) {
+                out.push((path, decode(sql, 2)?.entry));
+            }
+        }
+        Ok(out)
+    }
+
+    /// Some removed paths before a path, backwards: what was in a directory before the directory.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn gone_before(&self, path: Option<&RelPath>, most: usize) -> rusqlite::Result<Vec<RelPath>> {
+        let sql = match path {
+            Some(_) => "SELECT path FROM gone WHERE path < ?1 ORDER BY path DESC LIMIT ?2",
+            None => "SELECT path FROM gone WHERE path >= ?1 ORDER BY path DESC LIMIT ?2",
+        };
+        let mut statement = self.db.prepare_cached(sql)?;
+        let mut rows = statement.query(params![path.map_or(&b""[..], RelPath::as_bytes), most as i64])?;
+        let mut out = vec![];
+        while let Some(sql) = rows.next()? {
+            out.extend(RelPath::new(sql.get_ref(0)?.as_blob()?).ok());
+        }
+        Ok(out)
+    }
+
+    /// Notes that a path was removed, whether it had a row or not.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn set_gone(&self, path: &RelPath) -> rusqlite::Result<()> {
+        self.db
+            .prepare_cached("INSERT OR REPLACE INTO gone VALUES (?1, ?2)")?
+            .execute(params![path.as_bytes(), self.lsn.0 as i64])
+            .map(|_| ())
+    }
+
+    /// Whether a path was removed.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn is_gone(&self, path: &RelPath) -> rusqlite::Result<bool> {
+        self.db.prepare_cached("SELECT 1 FROM gone WHERE path = ?1")?.exists([path.as_bytes()])
+    }
+
     /// Notes that an inode is written in place.
     ///
     /// # Errors
@@ -65,16 +126,35 @@ impl Manifest {
             at = ino;
         }
     }
+
+    /// Forgets the ctime noted of every file that is written in place, so that it is read again; gives their number. The inode stays noted: names that share it, and pages, are recognised by it.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn distrust_in_place(&mut self) -> rusqlite::Result<u64> {
+        let position = self.position()?;
+        self.begin()?;
+        let (mut at, mut count) = (None, 0);
+        while let Some(ino) = self.in_place_after(at)? {
+            at = Some(ino);
+            for path in self.by_ino(ino)? {
+                self.set_local(&path, Some(Local { ino, ctime: Time::default() }))?;
+                count += 1;
+            }
+        }
+        self.commit(position)?;
+        Ok(count)
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use twinbox_protocol::entry::{Entry, Kind, Time};
+    use twinbox_protocol::entry::Kind;
     use twinbox_protocol::msg::Position;
 
     use super::super::plain_dir;
     use super::*;
-    use crate::rows::{Local, Row, Rows};
+    use crate::rows::{Row, Rows};
     use crate::view::View;
 
     fn p(text: &str) -> RelPath {
@@ -110,6 +190,38 @@ mod tests {
     }
 
     #[test]
+    fn pages_go_through_everything_once_in_an_order_that_suits_a_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = Manifest::open(&dir.path().join("m.db"), true).unwrap();
+        let names = ["a", "a/b", "a/b/c", "a-b", "b", "a/c"];
+        m.set_lsn(Lsn(1));
+        m.set(&RelPath::root(), row(b"x", 1)).unwrap();
+        for name in names {
+            m.set(&p(name), row(b"x", 1)).unwrap();
+        }
+        let (mut seen, mut at) = (vec![], None);
+        while let Some((path, _)) = m.rows_after(at.as_ref(), 1).unwrap().pop() {
+            seen.push(path.clone());
+            at = Some(path);
+        }
+        assert_eq!(seen.len(), names.len() + 1);
+        let place = |name: &str| seen.iter().position(|path| *path == p(name)).unwrap();
+        assert!(place("a") < place("a/b") && place("a/b") < place("a/b/c"), "{seen:?}");
+        for name in names {
+            m.set(&p(name), None).unwrap();
+        }
+        let (mut gone, mut at) = (vec![], None);
+        while let Some(path) = m.gone_before(at.as_ref(), 1).unwrap().pop() {
+            gone.push(path.clone());
+            at = Some(path);
+        }
+        assert_eq!(gone.len(), names.len());
+        let place = |name: &str| gone.iter().position(|path| *path == p(name)).unwrap();
+        assert!(place("a/b/c") < place("a/b") && place("a/b") < place("a"), "{gone:?}");
+        assert!(m.is_gone(&p("a/c")).unwrap() && !m.is_gone(&p("x")).unwrap());
+    }
+
+    #[test]
     fn inodes_written_in_place_are_listed_while_a_row_has_them() {
         let dir = tempfile::tempdir().unwrap();
         let mut m = Manifest::open(&dir.path().join("m.db"), false).unwrap();
@@ -126,5 +238,8 @@ mod tests {
         assert_eq!(m.in_place_after(second).unwrap(), None);
         m.set(&p("b"), None).unwrap();
         assert_eq!(m.in_place_after(None).unwrap(), Some(5));
+        m.set_local(&p("a"), Some(Local { ino: 5, ctime: Time { secs: 9, nanos: 9 } })).unwrap();
+        assert_eq!(m.distrust_in_place().unwrap(), 1);
+        assert_eq!(m.row(&p("a")).unwrap().unwrap().local, Some(Local { ino: 5, ctime: Time::default() }));
     }
 }

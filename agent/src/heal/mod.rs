@@ -1,0 +1,357 @@
+//! After a power cut of the primary: what its disk lost comes back from the standby, before the mail server starts and before anything is shipped. See ARCHITECTURE §6a.
+//!
+//! [`need`] says whether a mirror is to be healed (`boot`: is this another boot?), [`heal`] does it once over a connection: `remote` speaks to the standby, `work` goes through the
+//! paths, `disk` looks at one, `judge` decides (a pure function). [`until_healed`] does it again until it is done, `waiting` beside a running agent. Does not start captures; those refuse to start before ([`needs_heal`]).
+
+mod boot;
+mod disk;
+mod judge;
+pub mod remote;
+pub mod waiting;
+mod work;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::Instant;
+use twinbox_protocol::PROTOCOL_VERSION;
+use twinbox_protocol::chunk::CHUNKER;
+use twinbox_protocol::digest::Digest;
+use twinbox_protocol::ids::{Incarnation, Lsn};
+use twinbox_protocol::msg::{Hello, Position};
+use twinbox_resync::manifest::Manifest;
+use twinbox_resync::node::{LocalMark, MirrorState, NodeState, Role};
+use twinbox_resync::rows::{Row, Rows};
+use twinbox_resync::schema::StateError;
+
+pub use boot::boot_id;
+pub use remote::RemoteError;
+use remote::{Greeting, Remote, Waiting};
+pub use work::{Done, WorkError};
+
+use crate::capture::engine::wall_ns;
+use crate::layout::Selection;
+use crate::link::paths::Paths;
+use crate::roles::{MirrorSpec, RoleError};
+use crate::standby::replica::Replica;
+use crate::standby::rescue::Rescue;
+use crate::tree::Root;
+
+/// Pause after an attempt that failed.
+const PAUSE: Duration = Duration::from_millis(500);
+/// The standby's rows, while a heal runs.
+const SCRATCH: &str = "heal.db";
+
+/// Why a mirror is not healed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HealError {
+    /// No standby in time.
+    #[error(
+        "mirror `{mirror}`: after a power cut nobody can tell what this disk lacks without the standby ({why}); bring it back and run `twinbox heal` again"
+    )]
+    NoStandby {
+        /// Which.
+        mirror: String,
+        /// Last word.
+        why: String,
+    },
+    /// The standby, or what it said.
+    #[error("mirror `{mirror}`: {source}")]
+    Remote {
+        /// Which.
+        mirror: String,
+        /// Why.
+        source: RemoteError,
+    },
+    /// This node.
+    #[error("mirror `{mirror}`: {source}")]
+    Work {
+        /// Which.
+        mirror: String,
+        /// Why.
+        source: WorkError,
+    },
+    /// The root, or the state, is another's.
+    #[error(transparent)]
+    Role(#[from] RoleError),
+    /// `state.db`.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Which boot this is.
+    #[error("the kernel's boot id cannot be read: {0}")]
+    Boot(std::io::Error),
+}
+
+impl HealError {
+    /// Whether trying again by itself is of no use.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            HealError::Remote { source, .. } => source.is_final(),
+            HealError::Work { source: WorkError::Remote(source), .. } => source.is_final(),
+            HealError::NoStandby { .. } => false,
+            _ => true,
+        }
+    }
+}
+
+/// How it ended. An interface: names are only added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Compared with the standby, and put right.
+    Healed,
+    /// The standby has nothing of this mirror that could be put back.
+    Nothing,
+}
+
+/// A mirror that is to be healed.
+pub struct Job {
+    node: String,
+    spec: MirrorSpec,
+    state_dir: PathBuf,
+    mirror_dir: PathBuf,
+    history: MirrorState,
+    boot: String,
+    durable: Lsn,
+}
+
+/// Whether a mirror's disk may lack what was shipped. `known`: the last position of this node's manifest.
+///
+/// # Errors
+/// [`StateError`], or the boot id cannot be read: nobody can tell then.
+pub fn needs_heal(node: &NodeState, mirror: &str, boot: &str, known: Lsn) -> Result<bool, StateError> {
+    // No mark at all: nothing was ever shipped by an agent that keeps one.
+    Ok(node.local_mark(mirror)?.is_some_and(|mark| mark.is_torn(boot, known)))
+}
+
+/// Whether, and from where, this node's mirror is to be healed; `None`: not at all. `force`: although nothing says so.
+///
+/// # Errors
+/// [`HealError`].
+pub fn need(node: &str, state_dir: &Path, spec: MirrorSpec, force: bool) -> Result<Option<Job>, HealError> {
+    let state = NodeState::open(state_dir)?;
+    let Some(history) = state.mirror(&spec.name)?.filter(|history| history.role == Role::Primary) else { return Ok(None) };
+    let boot = boot_id().map_err(HealError::Boot)?;
+    let mirror_dir = state_dir.join("mirrors").join(&spec.name);
+    let Some(mark) = state.local_mark(&spec.name)? else { return Ok(None) };
+    if spec.adopt || (mark.boot == boot && !force) {
+        return Ok(None);
+    }
+    let known = known(&mirror_dir)?;
+    if !force && !needs_heal(&state, &spec.name, &boot, known.as_ref().map_or(Lsn::ZERO, |(_, at)| at.lsn))? {
+        return Ok(None);
+    }
+    crate::roles::bind_root(&state, &spec)?;
+    if history.reserved == Lsn::ZERO {
+        // No transaction was ever numbered, so the standby has nothing that this disk could lack.
+        state.set_local_mark(&spec.name, &LocalMark { boot, ..mark })?;
+        return Ok(None);
+    }
+    Ok(Some(Job { node: node.into(), spec, state_dir: state_dir.into(), mirror_dir, history, boot, durable: mark.lsn }))
+}
+
+/// This node's own manifest; `None` when it is damaged (the capture sets it aside) or not there.
+fn known(mirror_dir: &Path) -> Result<Option<(Manifest, Position)>, StateError> {
+    let path = mirror_dir.join("manifest.db");
+    if !path.exists() {
+        return Ok(None);
+    }
+    match Manifest::open(&path, false) {
+        Err(error) if error.is_damage() => Ok(None),
+        Err(error) => Err(error),
+        Ok(manifest) => {
+            let position = manifest.position().map_err(|e| manifest.state_error(&e))?;
+            Ok(Some((manifest, position)))
+        }
+    }
+}
+
+impl Job {
+    /// Name of the mirror.
+    #[must_use]
+    pub fn mirror(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// Everything up to here was on the disk before the cut.
+    #[must_use]
+    pub fn durable(&self) -> Lsn {
+        self.durable
+    }
+
+    fn remote(&self, source: RemoteError) -> HealError {
+        HealError::Remote { mirror: self.spec.name.clone(), source }
+    }
+
+    fn work(&self, source: WorkError) -> HealError {
+        HealError::Work { mirror: self.spec.name.clone(), source }
+    }
+
+    fn hello(&self, known: Option<&(Manifest, Position)>) -> Result<Hello, HealError> {
+        Ok(Hello {
+            protocol: PROTOCOL_VERSION,
+            software: env!("CARGO_PKG_VERSION").into(),
+            node: self.node.clone(),
+            mirror: self.spec.name.clone(),
+            mirror_id: self.history.mirror_id,
+            generation: self.history.generation,
+            epoch: self.history.epoch,
+            incarnation: Incarnation(crate::roles::random()?),
+            position: known.map_or(Position::START, |(_, position)| *position),
+            digest: known.map_or_else(Digest::default, |(manifest, _)| manifest.digest()),
+            digest_key: self.history.digest_key,
+            chunker: CHUNKER.into(),
+            layout: self.spec.layout.clone(),
+            wall_ns: wall_ns(),
+        })
+    }
+}
+
+/// Heals a mirror, once: waits for a connection, compares, puts right, and notes that this boot is healed.
+///
+/// # Errors
+/// [`HealError`]: nothing was noted, and a later attempt begins again.
+pub async fn heal(job: &Job, paths: &Paths, mut progress: impl FnMut(&Done) + Send) -> Result<(Outcome, Done), HealError> {
+    let connection = paths.connection().await;
+    let manifest = tokio::task::block_in_place(|| known(&job.mirror_dir))?;
+    let hello = job.hello(manifest.as_ref())?;
+    let mut remote = match Remote::greet(&connection, hello).await.map_err(|e| job.remote(e))? {
+        Greeting::Holds(remote) => remote,
+        Greeting::Nothing => {
+            tracing::warn!(mirror = job.mirror(), "the standby has nothing of this mirror: nothing can be put back");
+            note(job, job.durable)?;
+            return Ok((Outcome::Nothing, Done::default()));
+        }
+    };
+    let scratch = Scratch::new(&job.mirror_dir);
+    let mut pulled = Manifest::open(&scratch.0, true)?;
+    pulled.begin().map_err(|e| pulled.state_error(&e))?;
+    let rows = remote.rows(job.durable, |path, entry| {
+        if entry.is_none() {
+            pulled.set_gone(&path).map_err(|e| WorkError::State(pulled.state_error(&e)))
+        } else {
+            pulled.set(&path, entry.map(|entry| Row { entry, local: None })).map_err(WorkError::Rows)
+        }
+    });
+    let position = rows.await.map_err(|error| job.work(error))?;
+    let runtime = tokio::runtime::Handle::current();
+    let done = tokio::task::block_in_place(|| {
+        let root = Root::open(&job.spec.root).map_err(|e| job.work(e.into()))?;
+        let source = Waiting { runtime, remote };
+        let manifest = manifest.map(|(manifest, _)| manifest);
+        let work = Plan { root, manifest, pulled, selection: &job.spec.selection, mirror_dir: &job.mirror_dir, source };
+        run(work, &mut progress).map_err(|error| job.work(error))
+    })?;
+    note(job, position.lsn.max(job.durable))?;
+    Ok((Outcome::Healed, done))
+}
+
+/// What a heal works on.
+struct Plan<'a, S> {
+    root: Root,
+    manifest: Option<Manifest>,
+    pulled: Manifest,
+    selection: &'a Selection,
+    mirror_dir: &'a Path,
+    source: S,
+}
+
+fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) -> Result<Done, WorkError> {
+    let Plan { root, manifest, pulled, selection, mirror_dir, source } = plan;
+    let mut replica = Replica::new(root);
+    replica.synced = true;
+    let mut work = work::Work {
+        replica,
+        manifest,
+        pulled,
+        selection,
+        mirror_dir,
+        source,
+        done: Done::default(),
+        progress,
+        rescue: Rescue::new(mirror_dir),
+        links: Default::default(),
+        kept: Default::default(),
+        listing: None,
+    };
+    work.run()?;
+    Ok(work.done)
+}
+
+/// This boot is healed, and everything up to `lsn` is on the disk: one write.
+fn note(job: &Job, lsn: Lsn) -> Result<(), StateError> {
+    let state = NodeState::open(&job.state_dir)?;
+    state.set_local_mark(job.mirror(), &LocalMark { boot: job.boot.clone(), lsn, clean: false })
+}
+
+/// The scratch database, removed before and after.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(dir: &Path) -> Self {
+        let scratch = Scratch(dir.join(SCRATCH));
+        scratch.remove();
+        scratch
+    }
+
+    fn remove(&self) {
+        for suffix in ["db", "db-wal", "db-shm"] {
+            let _ = std::fs::remove_file(self.0.with_extension(suffix));
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Heals a mirror, again and again until it is healed, refused for good, or `deadline` has passed. `paths`: the standby's, if any is known.
+///
+/// # Errors
+/// [`HealError`].
+pub async fn until_healed(
+    job: &Job,
+    paths: Option<&Paths>,
+    deadline: Option<Instant>,
+    mut progress: impl FnMut(&Done) + Send,
+) -> Result<(Outcome, Done), HealError> {
+    let mut why = match paths {
+        Some(_) => "it does not answer".to_owned(),
+        None => "no [[peer]] with a key is configured".into(),
+    };
+    let all = async {
+        let Some(paths) = paths else { return std::future::pending().await };
+        loop {
+            match heal(job, paths, &mut progress).await {
+                Err(error) if !error.is_final() => {
+                    tracing::warn!(mirror = job.mirror(), %error, "heal begins again");
+                    why = error.to_string();
+                }
+                ended => return ended,
+            }
+            tokio::time::sleep_until(Instant::now() + PAUSE).await;
+        }
+    };
+    let ended = match deadline {
+        None => Some(all.await),
+        Some(at) => tokio::time::timeout_at(at, all).await.ok(),
+    };
+    ended.unwrap_or_else(|| Err(HealError::NoStandby { mirror: job.mirror().into(), why: addresses(paths).unwrap_or(why) }))
+}
+
+/// What dialling came to, for a message.
+fn addresses(paths: Option<&Paths>) -> Option<String> {
+    let all = paths?.addresses();
+    if all.iter().any(|address| address.connected) {
+        return None;
+    }
+    all.into_iter().find_map(|address| address.last_error)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,436 @@
+//! Heals of real directories against a model standby: what each rule keeps, and what is lost without it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+
+use twinbox_protocol::entry::{Entry, Kind, Time};
+use twinbox_protocol::ids::ContentHash;
+use twinbox_protocol::path::RelPath;
+use twinbox_resync::rows::Local;
+
+use super::*;
+use crate::layout::Layout;
+use crate::tree;
+
+/// What the standby can give; the rest of the calls fail once `calls` are used up.
+struct Model {
+    contents: BTreeMap<ContentHash, Vec<u8>>,
+    calls: usize,
+}
+
+impl remote::Source for &mut Model {
+    fn fetch(&mut self, _: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<bool, RemoteError> {
+        self.calls = self.calls.checked_sub(1).ok_or(RemoteError::Silent)?;
+        let Some(bytes) = self.contents.get(&hash) else { return Ok(false) };
+        assert_eq!(bytes.len() as u64, size);
+        into.write_all(bytes)?;
+        Ok(true)
+    }
+}
+
+struct Rig {
+    dir: tempfile::TempDir,
+    root: PathBuf,
+    /// Rows and removals of the standby, after what is durable here.
+    wanted: BTreeMap<RelPath, Option<Entry>>,
+    /// This node's own rows.
+    known: BTreeMap<RelPath, Row>,
+    had: Vec<(RelPath, ContentHash)>,
+    in_place: Vec<u64>,
+    model: Model,
+}
+
+fn p(text: &str) -> RelPath {
+    RelPath::new(text.as_bytes()).unwrap()
+}
+
+fn now() -> Time {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    Time { secs: now.tv_sec, nanos: now.tv_nsec as u32 }
+}
+
+/// No file of a test is this new: what is noted with it was captured after what is on the disk.
+fn later() -> Time {
+    Time { secs: now().secs + 1000, nanos: 0 }
+}
+
+impl Rig {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        for sub in ["new", "cur", "tmp"] {
+            fs::create_dir_all(root.join("u").join(sub)).unwrap();
+        }
+        fs::create_dir(dir.path().join("mirror")).unwrap();
+        let model = Model { contents: BTreeMap::new(), calls: usize::MAX };
+        Rig { dir, root, wanted: BTreeMap::new(), known: BTreeMap::new(), had: vec![], in_place: vec![], model }
+    }
+
+    fn entry(kind: Kind) -> Entry {
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Entry { kind, mode: 0o640, uid, gid, mtime: Time { secs: 1_700_000_000, nanos: 9_000 }, xattrs: vec![] }
+    }
+
+    fn file(&mut self, bytes: &[u8]) -> Entry {
+        let hash = ContentHash::of(bytes);
+        self.model.contents.insert(hash, bytes.to_vec());
+        Self::entry(Kind::File { size: bytes.len() as u64, hash })
+    }
+
+    /// The standby has this file since.
+    fn has(&mut self, path: &str, bytes: &[u8]) -> Entry {
+        let entry = self.file(bytes);
+        self.wanted.insert(p(path), Some(entry.clone()));
+        entry
+    }
+
+    fn gone(&mut self, path: &str) {
+        self.wanted.insert(p(path), None);
+    }
+
+    fn on_disk(&self, path: &str, bytes: &[u8]) -> Local {
+        let at = self.root.join(path);
+        fs::write(&at, bytes).unwrap();
+        let meta = fs::symlink_metadata(at).unwrap();
+        Local { ino: meta.ino(), ctime: Time { secs: meta.ctime(), nanos: meta.ctime_nsec() as u32 } }
+    }
+
+    fn knows(&mut self, path: &str, entry: &Entry, ino: u64, ctime: Time) {
+        self.known.insert(p(path), Row { entry: entry.clone(), local: Some(Local { ino, ctime }) });
+    }
+
+    fn try_heal(&mut self) -> Result<Done, WorkError> {
+        let mirror_dir = self.dir.path().join("mirror");
+        let own = mirror_dir.join("manifest.db");
+        let mut manifest = Manifest::open(&own, false).unwrap();
+        manifest.begin().unwrap();
+        for (path, row) in &self.known {
+            manifest.set(path, Some(row.clone())).unwrap();
+        }
+        for (path, hash) in &self.had {
+            manifest.note_before(path, *hash, Lsn(1)).unwrap();
+        }
+        for ino in &self.in_place {
+            manifest.note_in_place(*ino).unwrap();
+        }
+        manifest.commit(Position::START).unwrap();
+        let scratch = Scratch::new(&mirror_dir);
+        let mut pulled = Manifest::open(&scratch.0, true).unwrap();
+        pulled.begin().unwrap();
+        for (path, entry) in &self.wanted {
+            match entry {
+                Some(entry) => pulled.set(path, Some(Row { entry: entry.clone(), local: None })).unwrap(),
+                None => pulled.set_gone(path).unwrap(),
+            }
+        }
+        let selection = Selection::new(Layout::Maildir, vec![]);
+        let root = Root::open(&self.root).unwrap();
+        let plan = Plan { root, manifest: Some(manifest), pulled, selection: &selection, mirror_dir: &mirror_dir, source: &mut self.model };
+        run(plan, &mut |_| {})
+    }
+
+    fn heal(&mut self) -> Done {
+        let done = self.try_heal().unwrap();
+        let left: Vec<_> = walk(&self.root).into_iter().filter(|path| path.contains(".twinbox-")).collect();
+        assert!(left.is_empty(), "{left:?}");
+        done
+    }
+
+    #[track_caller]
+    fn holds(&self, path: &str, bytes: &[u8]) {
+        assert_eq!(
+            fs::read(self.root.join(path)).map(|b| String::from_utf8_lossy(&b).into_owned()).ok().as_deref(),
+            std::str::from_utf8(bytes).ok(),
+            "{path}"
+        );
+    }
+
+    fn rescued(&self) -> Vec<Vec<u8>> {
+        let base = self.dir.path().join("mirror/rescue");
+        walk(&base).iter().filter_map(|path| fs::read(base.join(path)).ok()).collect()
+    }
+}
+
+fn walk(dir: &Path) -> Vec<String> {
+    let mut out = vec![];
+    for item in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = item.file_name().to_string_lossy().into_owned();
+        if item.metadata().unwrap().is_dir() {
+            out.extend(walk(&item.path()).into_iter().map(|below| format!("{name}/{below}")));
+        }
+        out.push(name);
+    }
+    out
+}
+
+#[test]
+fn what_the_disk_lost_comes_back_with_everything_about_it() {
+    let mut rig = Rig::new();
+    let mail = rig.has("u/new/1.M1", b"mail one");
+    rig.has("u/cur/2.M2:2,S", b"");
+    let link = Rig::entry(Kind::Symlink { target: serde_bytes::ByteBuf::from("../target") });
+    rig.wanted.insert(p("u/link"), Some(Entry { mode: 0o777, ..link }));
+    let dir = Rig::entry(Kind::Dir);
+    for path in ["u/.Folder", "u/.Folder/cur"] {
+        rig.wanted.insert(p(path), Some(Entry { mode: 0o750, ..dir.clone() }));
+    }
+    rig.has("u/.Folder/cur/3.M3:2,", b"mail three");
+    rig.has("u/tmp/never", b"scratch");
+    let done = rig.heal();
+    assert_eq!((done.restored, done.unrestored, done.doubtful), (6, 0, 0), "{done:?}");
+    rig.holds("u/new/1.M1", b"mail one");
+    rig.holds("u/cur/2.M2:2,S", b"");
+    rig.holds("u/.Folder/cur/3.M3:2,", b"mail three");
+    assert!(!rig.root.join("u/tmp/never").exists(), "never mirrored, never put back");
+    assert_eq!(fs::read_link(rig.root.join("u/link")).unwrap(), PathBuf::from("../target"));
+    let meta = fs::metadata(rig.root.join("u/new/1.M1")).unwrap();
+    assert_eq!((meta.mtime(), meta.mtime_nsec() as u32, meta.permissions().mode() & 0o7777), (mail.mtime.secs, mail.mtime.nanos, 0o640));
+    assert_eq!(fs::metadata(rig.root.join("u/.Folder")).unwrap().permissions().mode() & 0o7777, 0o750);
+    // Once more: its own work is done.
+    let again = rig.heal();
+    assert_eq!((again.restored, again.replaced, again.removed, again.bytes), (0, 0, 0, 0), "{again:?}");
+}
+
+#[test]
+fn a_rename_that_was_lost_is_done_again() {
+    let mut rig = Rig::new();
+    let local = rig.on_disk("u/cur/1.M1:2,", b"a mail");
+    let entry = rig.has("u/cur/1.M1:2,S", b"a mail");
+    rig.gone("u/cur/1.M1:2,");
+    rig.had.push((p("u/cur/1.M1:2,"), entry.hash().unwrap()));
+    rig.knows("u/cur/1.M1:2,S", &entry, local.ino, later());
+    let done = rig.heal();
+    assert_eq!((done.restored, done.removed, done.moved), (1, 1, 0), "{done:?}");
+    rig.holds("u/cur/1.M1:2,S", b"a mail");
+    assert!(!rig.root.join("u/cur/1.M1:2,").exists());
+}
+
+#[test]
+fn a_rename_after_the_last_transaction_stays() {
+    // Unshipped: new/1 became cur/1:2,S. And cur/2:2,S was renamed to cur/2:2, (shipped) and back (not shipped).
+    let mut rig = Rig::new();
+    let first = rig.on_disk("u/cur/1.M1:2,S", b"one");
+    let second = rig.on_disk("u/cur/2.M2:2,S", b"two");
+    let early = Time { secs: 1, nanos: 1 };
+    for (path, bytes, local) in [("u/new/1.M1", &b"one"[..], first), ("u/cur/2.M2:2,", b"two", second)] {
+        let mut entry = rig.has(path, bytes);
+        let stat = fs::metadata(rig.root.join(if local == first { "u/cur/1.M1:2,S" } else { "u/cur/2.M2:2,S" })).unwrap();
+        entry.mtime = Time { secs: stat.mtime(), nanos: stat.mtime_nsec() as u32 };
+        rig.wanted.insert(p(path), Some(entry.clone()));
+        rig.knows(path, &entry, local.ino, early);
+    }
+    rig.gone("u/cur/2.M2:2,S");
+    rig.had.push((p("u/cur/2.M2:2,S"), ContentHash::of(b"two")));
+    let done = rig.heal();
+    assert_eq!((done.moved, done.restored, done.removed, done.newer), (2, 0, 0, 1), "{done:?}");
+    rig.holds("u/cur/1.M1:2,S", b"one");
+    rig.holds("u/cur/2.M2:2,S", b"two");
+    assert!(!rig.root.join("u/new/1.M1").exists(), "no mail twice");
+}
+
+#[test]
+fn older_is_replaced_newer_stays_doubt_keeps_both() {
+    let mut rig = Rig::new();
+    let early = Time { secs: 1, nanos: 1 };
+    // Known to be of before.
+    rig.on_disk("u/a", b"before");
+    rig.has("u/a", b"after");
+    rig.had.push((p("u/a"), ContentHash::of(b"before")));
+    // The row here was not yet the standby's: the acknowledgement was lost.
+    let local = rig.on_disk("u/b", b"before");
+    rig.has("u/b", b"after");
+    let old = rig.file(b"before");
+    rig.knows("u/b", &old, local.ino, local.ctime);
+    // Changed after it was captured.
+    let local = rig.on_disk("u/c", b"newest, not shipped");
+    let entry = rig.has("u/c", b"after");
+    rig.knows("u/c", &entry, local.ino, early);
+    // Bytes that nobody knows under times that say nothing.
+    let local = rig.on_disk("u/d", b"torn or new");
+    let entry = rig.has("u/d", b"captured");
+    rig.knows("u/d", &entry, local.ino, local.ctime);
+    // Appended to since, and an append that was lost.
+    rig.on_disk("u/e", b"log line, one more");
+    rig.has("u/e", b"log line");
+    rig.on_disk("u/f", b"log");
+    rig.has("u/f", b"log line");
+    // New bytes under old times.
+    let local = rig.on_disk("u/g", b"BBBB");
+    let entry = rig.has("u/g", b"BBBB");
+    rig.knows("u/g", &entry, local.ino, later());
+    let done = rig.heal();
+    for (path, bytes) in [
+        ("u/a", &b"after"[..]),
+        ("u/b", b"after"),
+        ("u/c", b"newest, not shipped"),
+        ("u/d", b"torn or new"),
+        ("u/e", b"log line, one more"),
+        ("u/f", b"log line"),
+        ("u/g", b"BBBB"),
+    ] {
+        rig.holds(path, bytes);
+    }
+    assert_eq!((done.replaced, done.newer, done.doubtful, done.attributes), (3, 2, 1, 1), "{done:?}");
+    assert_eq!(rig.rescued(), [b"captured"]);
+    assert_eq!(fs::metadata(rig.root.join("u/g")).unwrap().mtime(), entry.mtime.secs);
+}
+
+#[test]
+fn removals_are_repeated_only_for_what_the_mirror_knew() {
+    let mut rig = Rig::new();
+    for (path, bytes) in [("u/cur/known", &b"expunged"[..]), ("u/cur/strange", b"nobody has this"), ("u/cur/moved", &[b'm'; 600])] {
+        rig.on_disk(path, bytes);
+        rig.gone(path);
+    }
+    rig.had.push((p("u/cur/known"), ContentHash::of(b"expunged")));
+    rig.has("u/new/moved", &[b'm'; 600]);
+    for dir in ["u/.Old", "u/.Used"] {
+        fs::create_dir(rig.root.join(dir)).unwrap();
+        rig.gone(dir);
+    }
+    rig.on_disk("u/.Used/new file", b"x");
+    let done = rig.heal();
+    assert_eq!((done.removed, done.newer, done.restored), (3, 2, 1), "{done:?}");
+    assert!(!rig.root.join("u/cur/known").exists() && !rig.root.join("u/cur/moved").exists() && !rig.root.join("u/.Old").exists());
+    rig.holds("u/cur/strange", b"nobody has this");
+    rig.holds("u/.Used/new file", b"x");
+}
+
+#[test]
+fn names_of_one_file_are_one_file_again() {
+    let mut rig = Rig::new();
+    // One name is still here, and two of another file are gone.
+    let local = rig.on_disk("u/new/a", b"shared");
+    let entry = rig.file(b"shared");
+    tree_set(&rig.root.join("u/new/a"), &entry);
+    rig.has("u/new/b", b"shared");
+    for path in ["u/new/a", "u/new/b"] {
+        rig.knows(path, &entry, local.ino, later());
+    }
+    for path in ["u/new/c", "u/new/d"] {
+        let entry = rig.has(path, b"both lost");
+        rig.knows(path, &entry, 999_999_999, later());
+    }
+    let done = rig.heal();
+    assert_eq!(done.restored, 3, "{done:?}");
+    let ino = |path: &str| fs::metadata(rig.root.join(path)).unwrap().ino();
+    assert_eq!(ino("u/new/a"), ino("u/new/b"));
+    assert_eq!(ino("u/new/c"), ino("u/new/d"));
+    rig.holds("u/new/d", b"both lost");
+}
+
+fn tree_set(path: &Path, entry: &Entry) {
+    let file = File::open(path).unwrap();
+    crate::standby::attrs::set(std::os::fd::AsFd::as_fd(&file), entry, false, &mut Default::default()).unwrap();
+}
+
+#[test]
+fn a_heal_that_is_cut_short_is_finished_by_the_next() {
+    let mut rig = Rig::new();
+    for n in 0..20 {
+        rig.has(&format!("u/new/{n}"), format!("mail {n}").as_bytes());
+        rig.on_disk(&format!("u/cur/{n}"), b"old");
+        rig.gone(&format!("u/cur/{n}"));
+        rig.had.push((p(&format!("u/cur/{n}")), ContentHash::of(b"old")));
+    }
+    for calls in [0, 1, 7, 5] {
+        rig.model.calls = calls;
+        assert!(matches!(rig.try_heal(), Err(WorkError::Remote(RemoteError::Silent))), "{calls}");
+        // A temporary file of the one that was cut.
+        fs::write(rig.root.join("u/new/.twinbox-heal"), b"half").unwrap();
+    }
+    rig.model.calls = usize::MAX;
+    let done = rig.heal();
+    assert_eq!((done.unrestored, done.removed), (0, 20), "{done:?}");
+    for n in 0..20 {
+        rig.holds(&format!("u/new/{n}"), format!("mail {n}").as_bytes());
+        assert!(!rig.root.join(format!("u/cur/{n}")).exists());
+    }
+}
+
+#[test]
+fn a_content_that_is_on_neither_side_is_counted_and_holds_nobody_up() {
+    let mut rig = Rig::new();
+    let lost = rig.has("u/new/lost", b"nowhere");
+    rig.model.contents.remove(&lost.hash().unwrap());
+    rig.has("u/new/other", b"here");
+    let done = rig.heal();
+    assert_eq!((done.restored, done.unrestored), (1, 1));
+    rig.holds("u/new/other", b"here");
+}
+
+#[test]
+fn what_is_written_in_place_will_be_read_again() {
+    let mut rig = Rig::new();
+    let local = rig.on_disk("u/db", b"BBBB");
+    let entry = rig.file(b"AAAA");
+    rig.knows("u/db", &entry, local.ino, local.ctime);
+    rig.in_place.push(local.ino);
+    assert_eq!(rig.heal().reread, 1);
+    rig.holds("u/db", b"BBBB");
+    let manifest = Manifest::open(&rig.dir.path().join("mirror/manifest.db"), false).unwrap();
+    assert_eq!(manifest.row(&p("u/db")).unwrap().unwrap().local, Some(Local { ino: local.ino, ctime: Time::default() }));
+    assert_eq!(tree::local(&Root::open(&rig.root).unwrap().stat(&p("u/db")).unwrap().unwrap()), local, "the file itself is not touched");
+}
+
+#[test]
+fn a_hostile_link_leads_nowhere() {
+    let mut rig = Rig::new();
+    let outside = tempfile::tempdir().unwrap();
+    fs::remove_dir(rig.root.join("u/new")).unwrap();
+    std::os::unix::fs::symlink(outside.path(), rig.root.join("u/new")).unwrap();
+    rig.has("u/new/1", b"must not get out");
+    let done = rig.try_heal().unwrap();
+    assert_eq!((done.restored, done.unrestored), (0, 1), "{done:?}");
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+}
+
+/// Which mirrors are healed at all.
+#[test]
+fn need_follows_the_mark() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let state = NodeState::open(dir.path()).unwrap();
+    let spec = MirrorSpec {
+        name: "m".into(),
+        root,
+        layout: "maildir".into(),
+        role: Role::Primary,
+        selection: Selection::new(Layout::Maildir, vec![]),
+        grouping: crate::layout::Grouping::new(vec![]),
+        adopt: false,
+        sweep: None,
+        fuzzy_after: None,
+    };
+    let is_needed = |force| need("a", dir.path(), spec.clone(), force).unwrap().is_some();
+    assert!(!is_needed(true), "nothing is known of the mirror");
+    let mut history = MirrorState {
+        mirror_id: twinbox_protocol::ids::MirrorId([1; 16]),
+        role: Role::Primary,
+        generation: twinbox_protocol::ids::Generation([2; 16]),
+        epoch: twinbox_protocol::ids::Epoch(1),
+        digest_key: twinbox_protocol::digest::DigestKey([3; 32]),
+        reserved: Lsn(100),
+        complete: true,
+    };
+    state.set_mirror("m", &history).unwrap();
+    assert!(!is_needed(false), "it never ran");
+    let boot = boot_id().unwrap();
+    for (mark, needed, why) in [
+        (LocalMark { boot: boot.clone(), lsn: Lsn(5), clean: false }, false, "the agent was killed"),
+        (LocalMark { boot: "other".into(), lsn: Lsn(5), clean: true }, false, "an orderly stop"),
+        (LocalMark { boot: "other".into(), lsn: Lsn(5), clean: false }, true, "a power cut"),
+    ] {
+        state.set_local_mark("m", &mark).unwrap();
+        assert_eq!(is_needed(false), needed, "{why}");
+        assert!(is_needed(true), "{why}");
+    }
+    history.reserved = Lsn::ZERO;
+    state.set_mirror("m", &history).unwrap();
+    assert!(!is_needed(false), "nothing was ever shipped");
+    assert_eq!(state.local_mark("m").unwrap().unwrap().boot, boot);
+}

@@ -1,0 +1,115 @@
+//! Healing beside a running agent: round after round, until every mirror is healed; meanwhile each says of itself what is wrong.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::{Done, Job, until_healed};
+use crate::config::Role;
+use crate::link::paths::Paths;
+use crate::status::{LastError, Lsns, MirrorState, MirrorStatus, Pending, Rates, SyncProgress, Totals, Unreadable, Watches, rfc3339};
+
+/// One mirror is tried for so long before the next.
+const TURN: Duration = Duration::from_secs(10);
+
+/// What the mirrors that are not healed say of themselves.
+#[derive(Clone, Default)]
+pub struct Unhealed(Arc<Mutex<BTreeMap<String, MirrorStatus>>>);
+
+impl Unhealed {
+    /// Those of `jobs`.
+    #[must_use]
+    pub fn of(jobs: &[Job]) -> Self {
+        let all = Unhealed::default();
+        jobs.iter().for_each(|job| all.say(job, "waiting for the standby, to bring back what this disk lost in a power cut".into(), None));
+        all
+    }
+
+    fn say(&self, job: &Job, message: String, done: Option<&Done>) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(job.mirror().to_owned(), status(job, message, done));
+    }
+
+    fn remove(&self, name: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+
+    /// Their status, by name.
+    #[must_use]
+    pub fn status(&self) -> Vec<MirrorStatus> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Their names.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+}
+
+/// Heals all; says on `some` whenever there are fewer left. Ends when there are none.
+pub async fn heal_all(mut jobs: Vec<Job>, paths: Option<Paths>, unhealed: Unhealed, some: mpsc::Sender<()>) {
+    while !jobs.is_empty() {
+        let before = jobs.len();
+        let begun = Instant::now();
+        let mut left = vec![];
+        for job in jobs {
+            let progress = |done: &Done| unhealed.say(&job, "bringing back what this disk lost in a power cut".into(), Some(done));
+            match until_healed(&job, paths.as_ref(), Some(Instant::now() + TURN), progress).await {
+                Ok((outcome, done)) => {
+                    tracing::info!(mirror = job.mirror(), ?outcome, ?done, "healed after a power cut");
+                    unhealed.remove(job.mirror());
+                }
+                Err(error) => {
+                    tracing::error!(mirror = job.mirror(), %error, "not healed yet: nothing of this mirror is shipped");
+                    unhealed.say(&job, error.to_string(), None);
+                    left.push(job);
+                }
+            }
+        }
+        jobs = left;
+        if jobs.len() < before && some.send(()).await.is_err() {
+            return;
+        }
+        // A standing refusal is not asked ten times a second.
+        tokio::time::sleep_until(begun + TURN / 2).await;
+    }
+}
+
+fn status(job: &Job, message: String, done: Option<&Done>) -> MirrorStatus {
+    let now = rfc3339(SystemTime::now());
+    MirrorStatus {
+        name: job.mirror().to_owned(),
+        role: Role::Primary,
+        state: MirrorState::Unprotected,
+        layout: job.spec.layout.clone(),
+        root: job.spec.root.display().to_string(),
+        epoch: job.history.epoch.0,
+        generation: job.history.generation.to_string(),
+        lsn: Lsns::default(),
+        lag_ms: None,
+        bound_ms: None,
+        pending: Pending::default(),
+        peers: vec![],
+        rates: Rates::default(),
+        totals: Totals::default(),
+        watches: Watches::default(),
+        fuzzy_cuts: 0,
+        stalled: None,
+        unreadable: Unreadable::default(),
+        lost_metadata: BTreeMap::new(),
+        sync: done.map(|done| SyncProgress {
+            phase: "healing".into(),
+            files_done: done.compared,
+            files_total: None,
+            bytes_done: done.bytes,
+            bytes_total: None,
+            eta_s: None,
+        }),
+        last_error: Some(LastError { at: now.clone(), message }),
+        unprotected_since: Some(now),
+    }
+}

@@ -1,0 +1,423 @@
+//! Brings the disk to where the standby is, path by path: looks, lets `judge` decide, acts.
+//!
+//! Invariants: every step is repeatable (a power cut in the middle begins it again); a file that is put back is durable before it has its name; nothing is removed or replaced whose content the mirror
+//! does not have or had not; contents are streamed through an unnamed file, rows lie in a scratch database. Directories come before what is in them, removals after everything else, deepest first.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::Seek;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{self as rfs, FileType, RawDir};
+use rustix::io::Errno;
+use serde::Serialize;
+use twinbox_protocol::entry::{Entry, Kind, Time};
+use twinbox_protocol::path::RelPath;
+use twinbox_resync::manifest::{Manifest, plain_dir};
+use twinbox_resync::rows::{Local, Row, RowError, Rows};
+
+use super::disk;
+use super::judge::{Found, Verdict, judge};
+use super::remote::{RemoteError, Source};
+use crate::layout::Selection;
+use crate::standby::replica::{Bytes, Replica};
+use crate::standby::rescue::{Rescue, Why};
+use crate::standby::{attrs, copy};
+use crate::tree;
+
+/// Rows looked at between two looks into the database.
+const PAGE: usize = 500;
+
+/// What a heal did; the numbers are paths. An interface: fields are only added.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Done {
+    /// Compared with the standby.
+    pub compared: u64,
+    /// Missing here, put back.
+    pub restored: u64,
+    /// Older here, replaced.
+    pub replaced: u64,
+    /// Right content, attributes set.
+    pub attributes: u64,
+    /// Removed before the cut, removed again.
+    pub removed: u64,
+    /// Changed here after the last transaction: left as they are.
+    pub newer: u64,
+    /// Moved here after the last transaction: left where they are.
+    pub moved: u64,
+    /// In doubt: left as they are, the standby's version is in `rescue`.
+    pub doubtful: u64,
+    /// The standby's replica does not have their content either.
+    pub unrestored: u64,
+    /// Written in place once, so to be read again by the capture.
+    pub reread: u64,
+    /// Bytes that came from the standby.
+    pub bytes: u64,
+    /// Where versions in doubt are.
+    pub rescue: Option<PathBuf>,
+}
+
+/// Why it could not be finished.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkError {
+    /// The standby.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// This disk.
+    #[error("{path}: {}", std::io::Error::from(*.source))]
+    Disk {
+        /// Where.
+        path: String,
+        /// The system's word.
+        source: Errno,
+    },
+    /// State beside the manifest.
+    #[error("heal: {0}")]
+    Io(#[from] std::io::Error),
+    /// The rows.
+    #[error("heal: {0}")]
+    Rows(#[from] RowError),
+    /// A database.
+    #[error(transparent)]
+    State(#[from] twinbox_resync::schema::StateError),
+}
+
+/// Names by inode in one mailbox: its directories.
+type Listing = (RelPath, HashMap<u64, Vec<RelPath>>);
+
+/// See the module's text.
+pub(super) struct Work<'a, S> {
+    pub(super) replica: Replica,
+    /// What this node knew; `None` when it is damaged.
+    pub(super) manifest: Option<Manifest>,
+    /// What the standby has beyond what is durable here.
+    pub(super) pulled: Manifest,
+    pub(super) selection: &'a Selection,
+    pub(super) mirror_dir: &'a Path,
+    pub(super) source: S,
+    pub(super) done: Done,
+    /// Called now and then.
+    pub(super) progress: &'a mut dyn FnMut(&Done),
+    pub(super) rescue: Rescue,
+    /// Files made anew: inode before ▶ a name now.
+    pub(super) links: BTreeMap<u64, RelPath>,
+    /// Inodes that are where the mail server moved them.
+    pub(super) kept: BTreeSet<u64>,
+    pub(super) listing: Option<Listing>,
+}
+
+impl<S: Source> Work<'_, S> {
+    /// Everything, then one `syncfs`: when this returns, what it did survives a power cut.
+    pub(super) fn run(&mut self) -> Result<(), WorkError> {
+        let mut at: Option<RelPath> = None;
+        loop {
+            let page = self.pulled.rows_after(at.as_ref(), PAGE).map_err(|e| self.pulled.state_error(&e))?;
+            let Some((last, _)) = page.last() else { break };
+            at = Some(last.clone());
+            for (path, entry) in page {
+                self.path(&path, Some(&entry)).or_else(|error| self.tolerate(&path, error))?;
+            }
+            (self.progress)(&self.done);
+        }
+        let mut at: Option<RelPath> = None;
+        loop {
+            let page = self.pulled.gone_before(at.as_ref(), PAGE).map_err(|e| self.pulled.state_error(&e))?;
+            let Some(last) = page.last() else { break };
+            at = Some(last.clone());
+            for path in page {
+                self.path(&path, None).or_else(|error| self.tolerate(&path, error))?;
+            }
+            (self.progress)(&self.done);
+        }
+        self.forget_what_is_written_in_place()?;
+        rfs::syncfs(self.replica.root.fd())
+            .map_err(|source| WorkError::Disk { path: self.replica.root.path().display().to_string(), source })
+    }
+
+    /// A path that the system will not let us have (a name too long here, no permission) must not hold up the others.
+    fn tolerate(&mut self, path: &RelPath, error: WorkError) -> Result<(), WorkError> {
+        match error {
+            WorkError::Disk { source: Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::ROFS | Errno::MFILE | Errno::NFILE, .. } => {
+                Err(error)
+            }
+            WorkError::Disk { path: shown, source } => {
+                tracing::error!(error = %std::io::Error::from(source), "a path could not be healed; the rest goes on");
+                tracing::debug!(path = %path, shown, "not healed");
+                self.done.unrestored += 1;
+                Ok(())
+            }
+            other => Err(other),
+        }
+    }
+
+    fn row(&self, path: &RelPath) -> Result<Option<Row>, WorkError> {
+        Ok(match &self.manifest {
+            Some(manifest) => manifest.row(path)?,
+            None => None,
+        })
+    }
+
+    fn path(&mut self, path: &RelPath, wanted: Option<&Entry>) -> Result<(), WorkError> {
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        if self.selection.excludes(path.as_bytes(), wanted.is_some_and(Entry::is_dir)) {
+            return Ok(());
+        }
+        self.done.compared += 1;
+        let row = self.row(path)?;
+        // A noted ctime of nothing says: to be read again.
+        let then =
+            row.as_ref().filter(|row| Some(&row.entry) == wanted).and_then(|row| row.local).filter(|then| then.ctime != Time::default());
+        let mut found = disk::found(&mut self.replica, path, wanted).map_err(failed)?;
+        if let Some(found) = &mut found {
+            self.recognise(path, row.as_ref(), found)?;
+        }
+        let verdict = judge(wanted, then, found.as_ref());
+        match (verdict, wanted) {
+            (Verdict::Same, _) => {}
+            (Verdict::Newer, _) => self.done.newer += 1,
+            (Verdict::Attributes, Some(wanted)) => self.attributes(path, wanted, found.as_ref()).map_err(failed)?,
+            (Verdict::Restore, Some(wanted)) => self.restore(path, wanted, then)?,
+            (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => self.replace(path, wanted, then, verdict)?,
+            (Verdict::Remove, _) => self.remove(path, found.as_ref()).map_err(failed)?,
+            (_, None) => {}
+        }
+        Ok(())
+    }
+
+    /// Whether the mirror knows what was found.
+    fn recognise(&self, path: &RelPath, row: Option<&Row>, found: &mut Found) -> Result<(), WorkError> {
+        let before = row.is_some_and(|row| row.entry.kind == found.entry.kind);
+        let Some(hash) = found.entry.hash() else {
+            found.was = before;
+            return Ok(());
+        };
+        let sql = |db: &Manifest, error| WorkError::State(db.state_error(&error));
+        found.known = self.pulled.by_hash(hash).map_err(|e| sql(&self.pulled, e))?.iter().any(|other| other != path);
+        found.was = before;
+        if let Some(manifest) = &self.manifest {
+            found.was |= manifest.had(path, hash).map_err(|e| sql(manifest, e))?;
+            if !found.known {
+                let others = manifest.by_hash(hash).map_err(|e| sql(manifest, e))?;
+                for other in others.iter().filter(|other| *other != path) {
+                    // A row that the standby has not changed since.
+                    let stays = self.pulled.row(other)?.is_none() && !self.pulled.is_gone(other).map_err(|e| sql(&self.pulled, e))?;
+                    found.known |= stays;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attributes(&mut self, path: &RelPath, wanted: &Entry, found: Option<&Found>) -> Result<(), Errno> {
+        let mut entry = wanted.clone();
+        if let Some(found) = found.filter(|_| wanted.is_dir()) {
+            entry.mtime = entry.mtime.max(found.entry.mtime);
+        }
+        self.replica.set_attrs(path, &entry)?;
+        self.done.attributes += 1;
+        Ok(())
+    }
+
+    fn restore(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>) -> Result<(), WorkError> {
+        if let Some(then) = then.filter(|_| !wanted.is_dir())
+            && self.moved(path, wanted, then)
+        {
+            self.done.moved += 1;
+            return Ok(());
+        }
+        self.parents(path)?;
+        if self.put(path, wanted, then)? {
+            self.done.restored += 1;
+        }
+        Ok(())
+    }
+
+    /// Directories on the way that were lost as well.
+    fn parents(&mut self, path: &RelPath) -> Result<(), WorkError> {
+        let mut missing = vec![];
+        let mut at = path.parent();
+        while let Some(dir) = at.filter(|dir| !dir.is_root()) {
+            let failed = |source| WorkError::Disk { path: dir.to_string(), source };
+            if self.replica.stat(&dir).map_err(failed)?.is_some() {
+                break;
+            }
+            at = dir.parent();
+            missing.push(dir);
+        }
+        for dir in missing.into_iter().rev() {
+            let row = match self.pulled.row(&dir)? {
+                Some(row) => Some(row),
+                None => self.row(&dir)?,
+            };
+            let entry = row.map(|row| row.entry).filter(Entry::is_dir).unwrap_or_else(|| Entry { mode: 0o700, ..plain_dir() });
+            self.replica.make(&dir, &entry).map_err(|source| WorkError::Disk { path: dir.to_string(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Makes `path` what it is on the standby; `false` when that has not got it either.
+    fn put(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>) -> Result<bool, WorkError> {
+        if !matches!(wanted.kind, Kind::File { .. }) {
+            self.replica.make(path, wanted).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+            return Ok(true);
+        }
+        if let Some(then) = then
+            && self.link(path, wanted, then)?
+        {
+            return Ok(true);
+        }
+        match self.fetch(path, wanted)? {
+            Some(file) => self.place(path, wanted, then, &file),
+            None => Ok(false),
+        }
+    }
+
+    fn place(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, file: &File) -> Result<bool, WorkError> {
+        let put = self.replica.put(path, wanted, &Bytes::File(file, wanted.size()));
+        put.map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+        if let Some(then) = then {
+            self.links.insert(then.ino, path.clone());
+        }
+        Ok(true)
+    }
+
+    /// As another name of a file that is here, if the two were one.
+    fn link(&mut self, path: &RelPath, wanted: &Entry, then: Local) -> Result<bool, WorkError> {
+        let Some(manifest) = &self.manifest else { return Ok(false) };
+        let mut others = manifest.by_ino(then.ino).map_err(|e| manifest.state_error(&e))?;
+        others.retain(|other| other != path);
+        if others.is_empty() {
+            return Ok(false);
+        }
+        let made = self.links.get(&then.ino).cloned();
+        for other in others {
+            let row = self.row(&other)?;
+            if row.is_none_or(|row| row.entry != *wanted) {
+                continue;
+            }
+            let failed = |source| WorkError::Disk { path: other.to_string(), source };
+            let here = self.replica.stat(&other).map_err(failed)?;
+            if (made.as_ref() == Some(&other) || here.is_some_and(|stat| stat.st_ino == then.ino)) && here.is_some() {
+                // What it holds was, or will be, compared for itself; but a link to wrong bytes would be in doubt for both.
+                let found = disk::found(&mut self.replica, &other, Some(wanted)).map_err(failed)?;
+                if found.is_some_and(|found| found.entry == *wanted) {
+                    self.replica.link(&other, path).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn fetch(&mut self, path: &RelPath, wanted: &Entry) -> Result<Option<File>, WorkError> {
+        let Some(hash) = wanted.hash() else { return Ok(None) };
+        let mut file = tempfile::tempfile_in(self.mirror_dir)?;
+        if !self.source.fetch(path, hash, wanted.size(), &mut file)? {
+            tracing::error!("the standby's replica lacks a content that this disk lost too: look at its log");
+            tracing::debug!(path = %path, %hash, "on neither side");
+            self.done.unrestored += 1;
+            return Ok(None);
+        }
+        file.rewind()?;
+        self.done.bytes += wanted.size();
+        Ok(Some(file))
+    }
+
+    fn replace(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, verdict: Verdict) -> Result<(), WorkError> {
+        if verdict == Verdict::Replace {
+            if self.put(path, wanted, then)? {
+                self.done.replaced += 1;
+            }
+            return Ok(());
+        }
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        let Some(file) = self.fetch(path, wanted)? else {
+            if wanted.hash().is_none() {
+                self.done.doubtful += 1; // A link or a directory: nothing that could be lost.
+            }
+            return Ok(());
+        };
+        if verdict == Verdict::ReplaceIfBeginning && disk::begins(&self.replica.file(path, false).map_err(failed)?, &file)? {
+            self.place(path, wanted, then, &file)?;
+            self.done.replaced += 1;
+            return Ok(());
+        }
+        let target = self.rescue.room(path, Why::Heal).map_err(failed)?;
+        let copied = File::options().read(true).write(true).create_new(true).open(&target)?;
+        copy::whole(file.as_fd(), copied.as_fd(), wanted.size()).map_err(failed)?;
+        attrs::set(copied.as_fd(), wanted, self.replica.ordinary, &mut attrs::Lost::new()).map_err(failed)?;
+        copied.sync_all()?;
+        if let Some(dir) = target.parent() {
+            File::open(dir)?.sync_all()?;
+        }
+        tracing::error!(kept = %target.display(), "a file here may be newer than the standby's, or half written: it stays, and the standby's version is kept beside; compare them");
+        self.done.doubtful += 1;
+        self.done.rescue = Some(self.mirror_dir.join("rescue"));
+        Ok(())
+    }
+
+    fn remove(&mut self, path: &RelPath, found: Option<&Found>) -> Result<(), Errno> {
+        if found.is_some_and(|found| self.kept.contains(&found.local.ino) || found.busy) {
+            self.done.newer += 1;
+            return Ok(());
+        }
+        match self.replica.remove(path) {
+            Ok(()) => self.done.removed += 1,
+            // Something newer is in it.
+            Err(Errno::NOTEMPTY | Errno::EXIST) => self.done.newer += 1,
+            Err(other) => return Err(other),
+        }
+        Ok(())
+    }
+
+    /// Whether the file that was captured at `path` is in the same mailbox under a name it got later.
+    fn moved(&mut self, path: &RelPath, wanted: &Entry, then: Local) -> bool {
+        let Some(parent) = path.parent() else { return false };
+        let mailbox = match parent.name() {
+            b"cur" | b"new" => parent.parent().unwrap_or_default(),
+            _ => parent.clone(),
+        };
+        if self.listing.as_ref().is_none_or(|(listed, _)| *listed != mailbox) {
+            let dirs =
+                if mailbox == parent { vec![parent] } else { [&b"cur"[..], b"new"].iter().filter_map(|name| mailbox.join(name)).collect() };
+            let mut names = HashMap::new();
+            dirs.iter().for_each(|dir| list(&self.replica, dir, &mut names));
+            self.listing = Some((mailbox, names));
+        }
+        let others = self.listing.as_ref().and_then(|(_, names)| names.get(&then.ino)).cloned().unwrap_or_default();
+        let moved = others.iter().filter(|other| *other != path).any(|other| {
+            let Ok(Some(stat)) = self.replica.stat(other) else { return false };
+            // A name that the standby knows is no new one; and a rename moves the ctime.
+            let named = self.pulled.row(other).is_ok_and(|row| row.is_some()) || self.row(other).is_ok_and(|row| row.is_some());
+            !named
+                && disk::is_row(&stat, wanted, Local { ctime: tree::local(&stat).ctime, ..then })
+                && tree::local(&stat).ctime > then.ctime
+        });
+        if moved {
+            self.kept.insert(then.ino);
+        }
+        moved
+    }
+
+    /// New bytes can be under old times in files that are written in place: what is noted of them counts no more, so that the capture reads them.
+    fn forget_what_is_written_in_place(&mut self) -> Result<(), WorkError> {
+        let Some(manifest) = &mut self.manifest else { return Ok(()) };
+        self.done.reread = manifest.distrust_in_place().map_err(|e| manifest.state_error(&e))?;
+        Ok(())
+    }
+}
+
+fn list(replica: &Replica, dir: &RelPath, names: &mut HashMap<u64, Vec<RelPath>>) {
+    let Ok(fd) = replica.root.dir_for_reading(dir) else { return };
+    let mut buffer = Vec::with_capacity(32 * 1024);
+    let mut reader = RawDir::new(fd, buffer.spare_capacity_mut());
+    while let Some(Ok(entry)) = reader.next() {
+        if entry.file_type() != FileType::Directory
+            && let Some(path) = dir.join(entry.file_name().to_bytes())
+        {
+            names.entry(entry.ino()).or_default().push(path);
+        }
+    }
+}
