@@ -1,7 +1,7 @@
 //! Messages of the control stream. One control stream a mirror; the primary dials.
 //!
 //! Order: `Hello` → `Welcome` or `Refuse`; then, as the comparison of both says, `Pull` → `Rows`…; then `Begin`, after which log and
-//! bulk streams are open. A primary that lost power says `Fetch` → `Piece`… → `Fetched` or `NotHere` instead of `Begin`, as often as it needs. `Heartbeat`s go both ways at any time after `Welcome`.
+//! bulk streams are open. A primary that lost power says `Fetch` → `Names` if there are more → `Piece`… → `Fetched` or `NotHere` instead of `Begin`, as often as it needs. `Heartbeat`s go both ways at any time after `Welcome`.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -13,6 +13,9 @@ use crate::path::RelPath;
 
 /// Most rows in one message. A row of two bytes takes near a hundred times that in memory, so a peer is held to it.
 pub const ROWS_MAX: usize = 16 * 1024;
+
+/// Most paths of one [`ToPrimary::Names`].
+pub const NAMES_MAX: usize = 64;
 
 /// Most bytes of one [`ToPrimary::Piece`].
 pub const PIECE_MAX: usize = 256 * 1024;
@@ -228,6 +231,12 @@ pub enum ToPrimary {
     Piece {
         /// They.
         bytes: ByteBuf,
+    },
+    /// Before a content that is asked for: other names of the same file, some of them if there are many.
+    Names {
+        /// At most [`NAMES_MAX`].
+        #[serde(deserialize_with = "crate::bounded::seq::<_, _, NAMES_MAX>")]
+        paths: Vec<RelPath>,
     },
     /// That was all of it.
     Fetched {

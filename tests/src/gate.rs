@@ -21,6 +21,8 @@ pub enum Need<'a> {
     Program(&'a str),
     /// The right to make network namespaces.
     Namespaces,
+    /// A free loop device and ext4, to cut the power of a disk.
+    LoopDisk,
     /// A Dovecot with IMAP and LMTP, and root to run it.
     Dovecot,
 }
@@ -43,6 +45,10 @@ pub fn missing(need: Need<'_>) -> Option<String> {
             });
             (!made).then(|| "needs the right to make network namespaces".to_owned())
         }
+        Need::LoopDisk => missing(Need::Root)
+            .or_else(|| missing(Need::Program("mkfs.ext4")))
+            .or_else(|| missing(Need::Program("losetup")))
+            .or_else(|| (!quiet("losetup", &["-f"])).then(|| "needs a free loop device".into())),
         Need::Dovecot => missing(Need::Root)
             .or_else(|| missing(Need::Program("dovecot")))
             .or_else(|| (!Path::new("/usr/lib/dovecot/lmtp").exists()).then(|| "needs dovecot-lmtpd".into()))

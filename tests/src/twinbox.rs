@@ -69,6 +69,15 @@ impl Program {
         Self { prefix: prefix.into_iter().map(Into::into).collect(), ..Self::here() }
     }
 
+    /// Run with a variable in its environment.
+    #[must_use]
+    pub fn under_env(name: &str, value: &Path) -> Self {
+        let mut setting = OsString::from(name);
+        setting.push("=");
+        setting.push(value);
+        Self::under(["env".into(), setting])
+    }
+
     fn command(&self) -> Command {
         let mut words = self.prefix.iter().cloned().chain([self.binary.clone().into_os_string()]);
         let mut command = Command::new(words.next().expect("at least the binary"));

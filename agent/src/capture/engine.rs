@@ -275,7 +275,7 @@ impl Engine {
         if crate::heal::needs_heal(&node, &config.name, &boot, position.lsn)? {
             return Err(CaptureError::NotHealed {});
         }
-        let disk = LocalDisk::start(&root, NodeState::open(&config.state_dir)?, &config.name, &boot, position.lsn)?;
+        let disk = LocalDisk::start(&root, NodeState::open(&config.state_dir)?, &config.name, &boot, position.lsn, &path)?;
         let outbox = Outbox::new(position, config.known.reserved);
         let watch = Watch::new(root.fd(), &cookie_parent(&config.mirror_dir))?;
         let jobs = bulk::start(root.clone(), handle.clone());

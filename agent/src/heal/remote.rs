@@ -59,11 +59,11 @@ impl RemoteError {
 
 /// Gives contents.
 pub trait Source {
-    /// Writes the content of `path` (named `hash`, `size` bytes) to an empty file; `false` when nobody has it.
+    /// Writes the content of `path` (named `hash`, `size` bytes) to an empty file, and gives other names of that file; `None` when nobody has it.
     ///
     /// # Errors
     /// [`RemoteError`].
-    fn fetch(&mut self, path: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<bool, RemoteError>;
+    fn fetch(&mut self, path: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<Option<Vec<RelPath>>, RemoteError>;
 }
 
 /// An open control stream.
@@ -141,11 +141,18 @@ impl Remote {
     ///
     /// # Errors
     /// [`RemoteError`].
-    pub async fn fetch(&mut self, path: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<bool, RemoteError> {
+    pub async fn fetch(
+        &mut self,
+        path: &RelPath,
+        hash: ContentHash,
+        size: u64,
+        into: &mut File,
+    ) -> Result<Option<Vec<RelPath>>, RemoteError> {
         write_frame(&mut self.send, &ToStandby::Fetch { path: path.clone(), hash }).await?;
-        let (mut hasher, mut got) = (blake3::Hasher::new(), 0u64);
+        let (mut hasher, mut got, mut names) = (blake3::Hasher::new(), 0u64, vec![]);
         loop {
             match self.answer().await? {
+                ToPrimary::Names { paths } if got == 0 && names.is_empty() => names = paths,
                 ToPrimary::Piece { bytes } => {
                     got += bytes.len() as u64;
                     if got > size {
@@ -154,9 +161,9 @@ impl Remote {
                     hasher.update(&bytes);
                     into.write_all(&bytes)?;
                 }
-                ToPrimary::Fetched { .. } if got == size && *hasher.finalize().as_bytes() == hash.0 => return Ok(true),
+                ToPrimary::Fetched { .. } if got == size && *hasher.finalize().as_bytes() == hash.0 => return Ok(Some(names)),
                 ToPrimary::Fetched { .. } => return Err(RemoteError::OutOfTurn("other bytes than asked for")),
-                ToPrimary::NotHere { .. } if got == 0 => return Ok(false),
+                ToPrimary::NotHere { .. } if got == 0 => return Ok(None),
                 _ => return Err(RemoteError::OutOfTurn("no content")),
             }
         }
@@ -172,7 +179,7 @@ pub struct Waiting {
 }
 
 impl Source for Waiting {
-    fn fetch(&mut self, path: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<bool, RemoteError> {
+    fn fetch(&mut self, path: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<Option<Vec<RelPath>>, RemoteError> {
         self.runtime.block_on(self.remote.fetch(path, hash, size, into))
     }
 }

@@ -19,15 +19,17 @@ use crate::tree;
 struct Model {
     contents: BTreeMap<ContentHash, Vec<u8>>,
     calls: usize,
+    /// Sets of names of one file.
+    names: Vec<Vec<RelPath>>,
 }
 
 impl remote::Source for &mut Model {
-    fn fetch(&mut self, _: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<bool, RemoteError> {
+    fn fetch(&mut self, path: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<Option<Vec<RelPath>>, RemoteError> {
         self.calls = self.calls.checked_sub(1).ok_or(RemoteError::Silent)?;
-        let Some(bytes) = self.contents.get(&hash) else { return Ok(false) };
+        let Some(bytes) = self.contents.get(&hash) else { return Ok(None) };
         assert_eq!(bytes.len() as u64, size);
         into.write_all(bytes)?;
-        Ok(true)
+        Ok(Some(self.names.iter().filter(|set| set.contains(path)).flatten().filter(|name| *name != path).cloned().collect()))
     }
 }
 
@@ -65,7 +67,7 @@ impl Rig {
             fs::create_dir_all(root.join("u").join(sub)).unwrap();
         }
         fs::create_dir(dir.path().join("mirror")).unwrap();
-        let model = Model { contents: BTreeMap::new(), calls: usize::MAX };
+        let model = Model { contents: BTreeMap::new(), calls: usize::MAX, names: vec![] };
         Rig { dir, root, wanted: BTreeMap::new(), known: BTreeMap::new(), had: vec![], in_place: vec![], model }
     }
 
@@ -314,12 +316,20 @@ fn names_of_one_file_are_one_file_again() {
         let entry = rig.has(path, b"both lost");
         rig.knows(path, &entry, 999_999_999, later());
     }
+    // The acknowledgement was lost: only the standby knows that these are one.
+    for path in ["u/new/e", "u/.F/f", "u/.F/g"] {
+        rig.has(path, b"only the standby knows");
+    }
+    rig.model.names.push(["u/new/e", "u/.F/f", "u/.F/g"].map(p).to_vec());
+    rig.has("u/new/h", b"only the standby knows");
     let done = rig.heal();
-    assert_eq!(done.restored, 3, "{done:?}");
+    assert_eq!(done.restored, 7, "{done:?}");
     let ino = |path: &str| fs::metadata(rig.root.join(path)).unwrap().ino();
     assert_eq!(ino("u/new/a"), ino("u/new/b"));
     assert_eq!(ino("u/new/c"), ino("u/new/d"));
     rig.holds("u/new/d", b"both lost");
+    assert_eq!((ino("u/new/e"), ino("u/new/e")), (ino("u/.F/f"), ino("u/.F/g")));
+    assert_ne!(ino("u/new/e"), ino("u/new/h"), "the same content, another file");
 }
 
 fn tree_set(path: &Path, entry: &Entry) {

@@ -268,10 +268,13 @@ impl<S: Source> Work<'_, S> {
         {
             return Ok(true);
         }
-        match self.fetch(path, wanted)? {
-            Some(file) => self.place(path, wanted, then, &file),
-            None => Ok(false),
+        let Some((file, names)) = self.fetch(path, wanted)? else { return Ok(false) };
+        for other in names {
+            if self.link_to(&other, path, wanted)? {
+                return Ok(true);
+            }
         }
+        self.place(path, wanted, then, &file)
     }
 
     fn place(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, file: &File) -> Result<bool, WorkError> {
@@ -299,30 +302,38 @@ impl<S: Source> Work<'_, S> {
             }
             let failed = |source| WorkError::Disk { path: other.to_string(), source };
             let here = self.replica.stat(&other).map_err(failed)?;
-            if (made.as_ref() == Some(&other) || here.is_some_and(|stat| stat.st_ino == then.ino)) && here.is_some() {
-                // What it holds was, or will be, compared for itself; but a link to wrong bytes would be in doubt for both.
-                let found = disk::found(&mut self.replica, &other, Some(wanted)).map_err(failed)?;
-                if found.is_some_and(|found| found.entry == *wanted) {
-                    self.replica.link(&other, path).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
-                    return Ok(true);
-                }
+            let same = here.is_some_and(|stat| stat.st_ino == then.ino || made.as_ref() == Some(&other));
+            if same && self.link_to(&other, path, wanted)? {
+                return Ok(true);
             }
         }
         Ok(false)
     }
 
-    fn fetch(&mut self, path: &RelPath, wanted: &Entry) -> Result<Option<File>, WorkError> {
+    /// Makes `path` another name of `other`, if that is what it should be: a link to other bytes would be in doubt for both.
+    fn link_to(&mut self, other: &RelPath, path: &RelPath, wanted: &Entry) -> Result<bool, WorkError> {
+        let found =
+            disk::found(&mut self.replica, other, Some(wanted)).map_err(|source| WorkError::Disk { path: other.to_string(), source })?;
+        if found.is_none_or(|found| found.entry != *wanted) {
+            return Ok(false);
+        }
+        self.replica.link(other, path).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+        Ok(true)
+    }
+
+    /// The content, and other names of the file.
+    fn fetch(&mut self, path: &RelPath, wanted: &Entry) -> Result<Option<(File, Vec<RelPath>)>, WorkError> {
         let Some(hash) = wanted.hash() else { return Ok(None) };
         let mut file = tempfile::tempfile_in(self.mirror_dir)?;
-        if !self.source.fetch(path, hash, wanted.size(), &mut file)? {
+        let Some(names) = self.source.fetch(path, hash, wanted.size(), &mut file)? else {
             tracing::error!("the standby's replica lacks a content that this disk lost too: look at its log");
             tracing::debug!(path = %path, %hash, "on neither side");
             self.done.unrestored += 1;
             return Ok(None);
-        }
+        };
         file.rewind()?;
         self.done.bytes += wanted.size();
-        Ok(Some(file))
+        Ok(Some((file, names)))
     }
 
     fn replace(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, verdict: Verdict) -> Result<(), WorkError> {
@@ -333,7 +344,7 @@ impl<S: Source> Work<'_, S> {
             return Ok(());
         }
         let failed = |source| WorkError::Disk { path: path.to_string(), source };
-        let Some(file) = self.fetch(path, wanted)? else {
+        let Some((file, _)) = self.fetch(path, wanted)? else {
             if wanted.hash().is_none() {
                 self.done.doubtful += 1; // A link or a directory: nothing that could be lost.
             }

@@ -16,7 +16,7 @@ use rustix::fs as rfs;
 use tokio::sync::oneshot;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Lsn};
-use twinbox_protocol::msg::{Hello, Position, RefuseCode, Replica as Holding, ToPrimary};
+use twinbox_protocol::msg::{Hello, NAMES_MAX, Position, RefuseCode, Replica as Holding, ToPrimary};
 use twinbox_protocol::ops::{Content, FLAG_INITIAL, Op, Seal};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Manifest;
@@ -51,6 +51,8 @@ pub(super) enum Cmd {
     Durable(Position),
     /// Files that should hold this content, opened; `hint` is a path that may have it.
     Fetch { hash: ContentHash, hint: Option<RelPath>, reply: Reply<Vec<File>> },
+    /// Other names of the file at this path.
+    Names { path: RelPath, reply: Reply<Vec<RelPath>> },
     /// Everything durable is applied.
     Barrier { reply: Reply<Result<(), StandbyError>> },
     /// As [`super::StandbyHandle::replica`].
@@ -222,6 +224,7 @@ impl Applier {
                 reply(self.fetch(hash, hint.as_ref()));
                 self.restore_dirs()?;
             }
+            Cmd::Names { path, reply } => reply(self.names(&path)),
             Cmd::Barrier { reply } => {
                 self.catch_up()?;
                 reply(Ok(()));
@@ -265,6 +268,7 @@ impl Applier {
     fn refuse(&mut self, command: Cmd, error: &StandbyError) {
         match command {
             Cmd::Fetch { reply, .. } => reply(vec![]),
+            Cmd::Names { reply, .. } => reply(vec![]),
             Cmd::Barrier { reply } | Cmd::Begin { reply, .. } => reply(Err(error.clone())),
             Cmd::Hello { reply, .. } => {
                 let _ = reply.send(Err(Refusal { code: RefuseCode::Failed, message: error.to_string() }));
@@ -325,6 +329,15 @@ impl Applier {
             }
         }
         found
+    }
+
+    fn names(&self, path: &RelPath) -> Vec<RelPath> {
+        let Ok(Some(row)) = self.manifest.row(path) else { return vec![] };
+        let Some(local) = row.local.filter(|_| row.entry.hash().is_some()) else { return vec![] };
+        let mut names = self.manifest.by_ino(local.ino).unwrap_or_default();
+        names.retain(|name| name != path);
+        names.truncate(NAMES_MAX);
+        names
     }
 
     fn hello(&mut self, hello: &Hello) -> Result<Holding, StandbyError> {

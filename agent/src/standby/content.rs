@@ -18,7 +18,7 @@ use super::copy;
 use super::error::StandbyError;
 
 impl StandbyHandle {
-    /// Sends a content in pieces, then `Fetched`; or `NotHere`.
+    /// Sends the other names of the file, if there are any, and a content in pieces, then `Fetched`; or `NotHere`.
     ///
     /// # Errors
     /// [`StandbyError`], also when the receiving end is gone.
@@ -26,6 +26,12 @@ impl StandbyHandle {
         let (done, applied) = oneshot::channel();
         self.tell(Cmd::Barrier { reply: Box::new(move |result| drop(done.send(result))) })?;
         applied.await.map_err(|_| StandbyError::Stopped)??;
+        let (named, names) = oneshot::channel();
+        self.tell(Cmd::Names { path: path.clone(), reply: Box::new(move |names| drop(named.send(names))) })?;
+        let paths = names.await.map_err(|_| StandbyError::Stopped)?;
+        if !paths.is_empty() {
+            out.send(ToPrimary::Names { paths }).await.map_err(|_| StandbyError::Superseded)?;
+        }
         let (found, files) = oneshot::channel();
         self.tell(Cmd::Fetch { hash, hint: Some(path), reply: Box::new(move |files| drop(found.send(files))) })?;
         let files = files.await.map_err(|_| StandbyError::Stopped)?;

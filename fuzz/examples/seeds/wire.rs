@@ -149,6 +149,7 @@ pub(crate) fn control() {
         ("to-primary-heartbeat", ToPrimary::Heartbeat { seq: 9, wall_ns: -5 }),
         ("to-primary-problem", ToPrimary::Problem { message: "disk full".into() }),
         ("to-primary-piece", ToPrimary::Piece { bytes: ByteBuf::from("From: a") }),
+        ("to-primary-names", ToPrimary::Names { paths: vec![path("a/new/1"), path("a/cur/1:2,")] }),
         ("to-primary-fetched", ToPrimary::Fetched { hash }),
         ("to-primary-not-here", ToPrimary::NotHere { hash }),
     ] {

@@ -6,6 +6,11 @@ use super::*;
 
 /// What the standby answers: the bytes, or `None` for "not here".
 async fn asked(rig: &Rig, path: &str, hash: ContentHash) -> Option<Vec<u8>> {
+    asked_with_names(rig, path, hash).await.0
+}
+
+async fn asked_with_names(rig: &Rig, path: &str, hash: ContentHash) -> (Option<Vec<u8>>, Vec<RelPath>) {
+    let mut names = vec![];
     let (out, mut answer) = mpsc::channel(2);
     let handle = rig.handle();
     let path = p(path);
@@ -17,6 +22,7 @@ async fn asked(rig: &Rig, path: &str, hash: ContentHash) -> Option<Vec<u8>> {
                 assert!(piece.len() <= PIECE_MAX && !piece.is_empty());
                 bytes.extend_from_slice(&piece);
             }
+            ToPrimary::Names { paths } => names = paths,
             ToPrimary::Fetched { hash: said } => {
                 assert_eq!(said, hash);
                 break Some(bytes);
@@ -30,7 +36,7 @@ async fn asked(rig: &Rig, path: &str, hash: ContentHash) -> Option<Vec<u8>> {
     };
     soon(sent).await.unwrap().unwrap();
     assert!(answer.recv().await.is_none(), "nothing after the end");
-    end
+    (end, names)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -64,4 +70,12 @@ async fn nothing_is_given_that_no_row_names_or_that_is_not_what_it_names() {
     fs::write(rig.dir.path().join("twin"), b"mail").unwrap();
     std::os::unix::fs::symlink("../twin", rig.root().join("a")).unwrap();
     assert_eq!(asked(&rig, "a", ContentHash::of(b"mail")).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_names_of_the_file_come_first() {
+    let mut rig = Rig::new().await;
+    rig.check(vec![put("a", b"mail", 1), link("a", "b"), put("other", b"mail", 1)]).await;
+    let (bytes, names) = asked_with_names(&rig, "b", ContentHash::of(b"mail")).await;
+    assert_eq!((bytes.as_deref(), names), (Some(&b"mail"[..]), vec![p("a")]));
 }

@@ -1,0 +1,309 @@
+//! Power cuts of the primary: what the standby had and the primary's own disk lost comes back before anything is shipped. Real agents, an ext4 whose power is cut.
+//!
+//! Mail is delivered as Postfix and Dovecot do: written in `tmp`, fsynced, renamed, no fsync of the directory. Every change is on the standby when the agent is killed and the power cut, less than a second after
+//! the first of them, so that the agent's own syncfs has not been there; where it has (a slow machine), the round is played again.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use twinbox_tests::gate::{Need, heavy, nap_until, wait_until};
+use twinbox_tests::node::{Node, Spec, free_udp, pair};
+use twinbox_tests::powercut::Disk;
+use twinbox_tests::require;
+use twinbox_tests::scratch::Scratch;
+use twinbox_tests::tree::{Layout, Rules, assert_identical, leftovers, wait_identical};
+use twinbox_tests::twinbox::Program;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// The agent's own syncfs comes a second after a change: after this it has been there.
+const LOCALLY_DURABLE: Duration = Duration::from_millis(2500);
+/// Rounds that may be played for nothing because the machine was slow.
+const ROUNDS: usize = 6;
+
+struct World {
+    _scratch: Scratch,
+    disk: Disk,
+    /// State of the primary, when it is not on the store's disk.
+    other: Option<Disk>,
+    replica: PathBuf,
+    primary: Node,
+    standby: Node,
+    boot: PathBuf,
+    boots: u32,
+    delivered: u32,
+}
+
+impl World {
+    /// Both nodes paired and running, one mailbox. `apart`: the primary's state has a disk of its own, which loses other things.
+    fn new(apart: bool) -> Self {
+        let scratch = Scratch::new("heal");
+        let disk = Disk::new(&scratch.join("store-disk"), 96);
+        let other = apart.then(|| Disk::new(&scratch.join("state-disk"), 96));
+        let store = disk.path().join("store");
+        for sub in ["new", "cur", "tmp"] {
+            fs::create_dir_all(store.join("u").join(sub)).unwrap();
+        }
+        let replica = scratch.dir("replica");
+        let boot = scratch.join("boot-id");
+        fs::write(&boot, "boot-0\n").unwrap();
+        let layout = Layout::Maildir;
+        let program = Program::under_env("TWINBOX_BOOT_ID_FILE", &boot);
+        let primary = Spec { node: "alpha", role: "primary", mirror: "mail", root: &store, layout, listen: free_udp() };
+        let standby = Spec { node: "beta", role: "standby", root: &replica, listen: free_udp(), ..primary.clone() };
+        let state = other.as_ref().map_or(disk.path(), Disk::path);
+        let mut primary = Node::init(program, &state.join("alpha"), &primary);
+        primary.logs = scratch.dir("logs");
+        let standby = Node::init(Program::here(), &scratch.join("beta"), &standby);
+        pair(&primary, &standby);
+        let mut world = World { _scratch: scratch, disk, other, replica, primary, standby, boot, boots: 0, delivered: 0 };
+        world.standby.start();
+        world.primary.start();
+        world.in_sync();
+        world
+    }
+
+    fn store(&self) -> PathBuf {
+        self.disk.path().join("store")
+    }
+
+    fn in_sync(&self) {
+        wait_identical(&self.store(), &self.replica, Rules::of(Layout::Maildir), LIMIT).unwrap_or_else(|why| panic!("not identical {why}"));
+        self.primary.wait_state(LIMIT, "protected");
+    }
+
+    /// Mail in `tmp`, fsynced, not delivered yet; gives the names.
+    fn prepare(&mut self, count: u32) -> Vec<String> {
+        let names: Vec<String> = (self.delivered..self.delivered + count).map(|n| format!("{n}.M{n}P1.host")).collect();
+        self.delivered += count;
+        for name in &names {
+            let path = self.store().join("u/tmp").join(name);
+            fs::write(&path, text(name)).unwrap();
+            File::open(&path).unwrap().sync_all().unwrap();
+        }
+        names
+    }
+
+    fn deliver(&self, names: &[String]) {
+        for name in names {
+            fs::rename(self.store().join("u/tmp").join(name), self.store().join("u/new").join(name)).unwrap();
+        }
+    }
+
+    /// Waits until everything is on the standby, then kills the agent at once.
+    fn on_the_standby_then_killed(&mut self) {
+        wait_identical(&self.store(), &self.replica, Rules::of(Layout::Maildir), LIMIT).unwrap_or_else(|why| panic!("not identical {why}"));
+        self.primary.kill9();
+    }
+
+    /// The power of the primary is cut, and it boots.
+    fn cut(&mut self) {
+        self.disk.cut();
+        if let Some(other) = &mut self.other {
+            other.cut();
+        }
+        self.boots += 1;
+        fs::write(&self.boot, format!("boot-{}\n", self.boots)).unwrap();
+    }
+
+    fn missing(&self, names: &[String]) -> usize {
+        names.iter().filter(|name| !self.store().join("u/new").join(name).exists()).count()
+    }
+
+    fn heal(&self) -> serde_json::Value {
+        let ended = self.primary.command(&["heal", "--json", "--timeout", "60s"]).ok("twinbox heal");
+        let said: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap_or_else(|e| panic!("{e}: {ended}"));
+        assert_eq!(said["schema"], 1);
+        said["mirrors"][0].clone()
+    }
+
+    fn end(mut self) {
+        self.in_sync();
+        self.primary.stop();
+        self.standby.stop();
+        assert_identical(&self.store(), &self.replica, Rules::of(Layout::Maildir));
+        assert_eq!(leftovers(&self.store()).unwrap(), Vec::<String>::new(), "left behind");
+    }
+}
+
+#[track_caller]
+fn has_all(root: &Path, names: &[String]) {
+    for name in names {
+        let found = fs::read_to_string(root.join("u/new").join(name)).unwrap_or_else(|e| panic!("{name} below {}: {e}", root.display()));
+        assert_eq!(found, text(name));
+    }
+}
+
+fn text(name: &str) -> String {
+    format!("Subject: {name}\n\n{}\n", "a line of text. ".repeat(name.len() * 40))
+}
+
+fn overwrite(path: &Path, bytes: &[u8], at: u64, sync: bool) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(bytes, at).unwrap();
+    if sync {
+        file.sync_data().unwrap();
+    }
+}
+
+/// Plays rounds of `change` until one whose changes the primary's disk lost; gives the names of the mail delivered in it.
+fn lost_round(world: &mut World, count: u32, change: impl Fn(&Path, usize)) -> Vec<String> {
+    for round in 0..ROUNDS {
+        let names = world.prepare(count);
+        nap_until(Instant::now() + LOCALLY_DURABLE);
+        world.in_sync();
+        world.deliver(&names);
+        change(&world.store(), round);
+        world.on_the_standby_then_killed();
+        world.cut();
+        let missing = world.missing(&names);
+        eprintln!("round {round}: the disk lost {missing} of {count} deliveries that the standby has");
+        if missing > 0 {
+            has_all(&world.replica, &names);
+            return names;
+        }
+        world.primary.start();
+        world.in_sync();
+    }
+    panic!("in {ROUNDS} rounds nothing was lost: the machine is too slow for this test");
+}
+
+fn healed_in_full(apart: bool) {
+    let mut world = World::new(apart);
+    let u = world.store().join("u");
+    for n in 0..ROUNDS {
+        for (name, bytes) in [("synced", &b"AAAA"[..]), ("unsynced", b"AAAA"), ("log", b"line\n")] {
+            fs::write(u.join(format!("{name}-{n}")), bytes.repeat(1024)).unwrap();
+        }
+        fs::write(u.join(format!("cur/flag-{n}.M1:2,")), format!("flagged later {n}")).unwrap();
+        fs::write(u.join(format!("cur/expunged-{n}.M1:2,S")), format!("expunged later {n}")).unwrap();
+    }
+    world.in_sync();
+    let names = lost_round(&mut world, 25, |store, n| {
+        let u = store.join("u");
+        // Reaches the disk at once, its times do not.
+        overwrite(&u.join(format!("synced-{n}")), &b"BBBB".repeat(1024), 0, true);
+        overwrite(&u.join(format!("unsynced-{n}")), &b"CCCC".repeat(512), 1024, false);
+        overwrite(&u.join(format!("log-{n}")), b"one more\n", 5 * 1024, false);
+        fs::rename(u.join(format!("cur/flag-{n}.M1:2,")), u.join(format!("cur/flag-{n}.M1:2,S"))).unwrap();
+        fs::remove_file(u.join(format!("cur/expunged-{n}.M1:2,S"))).unwrap();
+        for sub in ["", "cur", "new", "tmp"] {
+            fs::create_dir(u.join(format!(".Folder-{n}")).join(sub)).unwrap();
+        }
+        fs::write(u.join(format!(".Folder-{n}/cur/1.M1:2,")), "in a new folder").unwrap();
+        fs::hard_link(u.join(format!(".Folder-{n}/cur/1.M1:2,")), u.join(format!(".Folder-{n}/new/2.M1"))).unwrap();
+    });
+    let n = world.boots as usize - 1;
+    assert!(!u.join(format!(".Folder-{n}")).exists(), "the new folder was to be lost");
+    assert_eq!(fs::read(u.join(format!("synced-{n}"))).unwrap(), b"BBBB".repeat(1024), "new bytes");
+    assert_eq!(fs::read(u.join(format!("unsynced-{n}"))).unwrap(), b"AAAA".repeat(1024), "old bytes");
+    let done = world.heal();
+    eprintln!("{done}");
+    assert_eq!(done["outcome"], "healed");
+    assert!(done["restored"].as_u64().unwrap() >= 25, "{done}");
+    assert_eq!((&done["unrestored"], &done["doubtful"]), (&0.into(), &0.into()), "{done}");
+    let right = |root: &Path| {
+        has_all(root, &names);
+        let u = root.join("u");
+        assert_eq!(fs::read(u.join(format!("synced-{n}"))).unwrap(), b"BBBB".repeat(1024));
+        assert_eq!(
+            fs::read(u.join(format!("unsynced-{n}"))).unwrap(),
+            [b"AAAA".repeat(256), b"CCCC".repeat(512), b"AAAA".repeat(256)].concat()
+        );
+        assert_eq!(fs::read(u.join(format!("log-{n}"))).unwrap(), [b"line\n".repeat(1024), b"one more\n".to_vec()].concat());
+        assert!(u.join(format!("cur/flag-{n}.M1:2,S")).exists() && !u.join(format!("cur/flag-{n}.M1:2,")).exists());
+        assert!(!u.join(format!("cur/expunged-{n}.M1:2,S")).exists());
+        assert_eq!(fs::read_to_string(u.join(format!(".Folder-{n}/cur/1.M1:2,"))).unwrap(), "in a new folder");
+    };
+    right(&world.store());
+    // Again, and again after another cut: nothing is left to do.
+    assert_eq!(world.heal()["outcome"], "clean");
+    world.cut();
+    right(&world.store());
+    let done = world.heal();
+    assert_eq!((&done["outcome"], &done["restored"], &done["replaced"]), (&"healed".into(), &0.into(), &0.into()), "{done}");
+    world.primary.start();
+    world.in_sync();
+    right(&world.store());
+    right(&world.replica);
+    world.end();
+}
+
+#[test]
+fn what_a_power_cut_took_comes_back() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    healed_in_full(false);
+}
+
+#[test]
+fn what_a_power_cut_took_comes_back_when_the_state_lost_other_things() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    healed_in_full(true);
+}
+
+/// Nobody ran `heal`: `run` does it before it ships anything, also when the standby comes later.
+#[test]
+fn run_heals_before_it_ships() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    let mut world = World::new(false);
+    // Only killed: there is nothing to heal, and nobody is asked.
+    world.primary.kill9();
+    world.standby.stop();
+    assert_eq!(world.heal()["outcome"], "clean");
+    world.standby.start();
+    world.primary.start();
+    world.in_sync();
+
+    let names = lost_round(&mut world, 25, |_, _| {});
+    world.standby.stop();
+    let ended = world.primary.command(&["heal", "--timeout", "1s"]);
+    assert_eq!(ended.status.code(), Some(15), "{ended}");
+    assert!(ended.stderr.contains("without the standby"), "{ended}");
+    world.primary.start();
+    wait_until(LIMIT, "the agent to say that it must heal", || {
+        world.primary.status().is_some_and(|s| s.said.mirrors[0].state == "unprotected" && s.value.to_string().contains("power cut"))
+    });
+    let fence = world.primary.command(&["fence"]);
+    assert_eq!(fence.status.code(), Some(14), "{fence}");
+    world.standby.start();
+    world.in_sync();
+    has_all(&world.store(), &names);
+    has_all(&world.replica, &names);
+    // An orderly stop, then a boot: nobody is asked.
+    world.primary.stop();
+    world.standby.stop();
+    world.cut();
+    assert_eq!(world.heal()["outcome"], "clean");
+    has_all(&world.store(), &names);
+    world.standby.start();
+    world.primary.start();
+    world.end();
+}
+
+/// The power is cut again while it heals.
+#[test]
+fn a_heal_that_is_cut_is_done_again() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    let mut world = World::new(false);
+    let names = lost_round(&mut world, 200, |_, _| {});
+    let lost = world.missing(&names);
+    let args = ["heal", "--config", world.primary.config.to_str().unwrap()];
+    let mut heal = world.primary.program.spawn("heal-cut", &world.primary.logs, args);
+    wait_until(LIMIT, "the first mail to come back", || world.missing(&names) < lost || heal.try_wait().is_some());
+    heal.kill9();
+    drop(heal);
+    world.cut();
+    eprintln!("cut after {} of {lost} were put back; {} are missing now", lost - world.missing(&names).min(lost), world.missing(&names));
+    let done = world.heal();
+    assert_eq!((&done["unrestored"], &done["doubtful"]), (&0.into(), &0.into()), "{done}");
+    has_all(&world.store(), &names);
+    world.primary.start();
+    world.in_sync();
+    has_all(&world.replica, &names);
+    world.end();
+}
