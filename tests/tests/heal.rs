@@ -23,7 +23,6 @@ const LOCALLY_DURABLE: Duration = Duration::from_millis(2500);
 const ROUNDS: usize = 6;
 
 struct World {
-    _scratch: Scratch,
     disk: Disk,
     /// State of the primary, when it is not on the store's disk.
     other: Option<Disk>,
@@ -33,6 +32,8 @@ struct World {
     boot: PathBuf,
     boots: u32,
     delivered: u32,
+    /// Last, so that it is removed after the disks in it were unmounted.
+    _scratch: Scratch,
 }
 
 impl World {
@@ -57,7 +58,7 @@ impl World {
         primary.logs = scratch.dir("logs");
         let standby = Node::init(Program::here(), &scratch.join("beta"), &standby);
         pair(&primary, &standby);
-        let mut world = World { _scratch: scratch, disk, other, replica, primary, standby, boot, boots: 0, delivered: 0 };
+        let mut world = World { disk, other, replica, primary, standby, boot, boots: 0, delivered: 0, _scratch: scratch };
         world.standby.start();
         world.primary.start();
         world.in_sync();
