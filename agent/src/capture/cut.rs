@@ -421,8 +421,11 @@ impl Engine {
         let now = Instant::now();
         let files = ops.iter().filter(|op| !matches!(op, Op::SetMeta { .. })).count();
         let weight: usize = ops.iter().map(Op::weight).sum();
+        let changes = !ops.is_empty();
         let Some((lsn, frames)) = self.outbox.seal(ops, flags, self.view.digest(), super::engine::wall_ns()) else { return };
-        self.disk.issued(lsn);
+        if changes {
+            self.disk.issued(lsn); // A txn without ops has nothing that a disk could lose: no syncfs for it.
+        }
         self.summary.txns += 1;
         self.summary.files += files as u64;
         self.summary.bytes += weight as u64;

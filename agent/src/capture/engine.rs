@@ -819,3 +819,7 @@ mod turns;
 #[cfg(test)]
 #[path = "fence_tests.rs"]
 mod fences;
+
+#[cfg(test)]
+#[path = "durable_tests.rs"]
+mod durability;

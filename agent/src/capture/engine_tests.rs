@@ -39,6 +39,8 @@ pub(super) struct Rig {
     objects: BTreeSet<u64>,
     /// Inodes the standby made.
     inodes: u64,
+    /// What the standby is told that the primary has stored.
+    pub(super) stored: Lsn,
 }
 
 pub(super) fn p(text: &str) -> RelPath {
@@ -46,7 +48,7 @@ pub(super) fn p(text: &str) -> RelPath {
 }
 
 impl Rig {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (root, state) = (dir.path().join("root"), dir.path().join("state"));
         fs::create_dir_all(&root).unwrap();
@@ -100,6 +102,7 @@ impl Rig {
             ended: vec![],
             objects: BTreeSet::new(),
             inodes: 0,
+            stored: Lsn::ZERO,
         }
     }
 
@@ -162,6 +165,9 @@ impl Rig {
         engine.finish_first_sync().unwrap();
         engine.answer_waiters().unwrap();
         while let Some(Ok(message)) = self.out.as_mut().map(mpsc::UnboundedReceiver::try_recv) {
+            if let ToLink::Stored(lsn) = message {
+                self.stored = lsn;
+            }
             let ToLink::Txn(frames) = message else { continue };
             for body in frames {
                 let frame = decode_log(&body).unwrap();

@@ -15,11 +15,11 @@ use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Incarnation, Lsn, Mi
 use twinbox_protocol::msg::{Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Manifest;
-use twinbox_resync::node::{MirrorState, NodeState, Role};
+use twinbox_resync::node::{LocalMark, MirrorState, NodeState, Role};
 use twinbox_resync::rows::{Rows, perform};
 
 use super::messages::BulkMessage;
-use super::{Capture, CaptureConfig, CaptureHandle, Command, Step, ToLink};
+use super::{Capture, CaptureConfig, CaptureError, CaptureHandle, Command, Step, ToLink};
 use crate::layout::{Grouping, Layout, Selection};
 
 struct World {
@@ -56,9 +56,9 @@ impl World {
         World { _dir: dir, root, state, capture: None, replica: Arc::new(Mutex::new(replica)), session: 0 }
     }
 
-    fn start(&mut self) -> CaptureHandle {
+    fn config(&self) -> CaptureConfig {
         let node = NodeState::open(&self.state).unwrap();
-        let config = CaptureConfig {
+        CaptureConfig {
             name: "m".into(),
             node: "a".into(),
             root: self.root.clone(),
@@ -73,8 +73,11 @@ impl World {
             dirty_max: 200_000,
             sweep: None,
             fuzzy_after: None,
-        };
-        let capture = Capture::start(config).unwrap();
+        }
+    }
+
+    fn start(&mut self) -> CaptureHandle {
+        let capture = Capture::start(self.config()).unwrap();
         let handle = capture.handle();
         self.capture = Some(capture);
         handle
@@ -275,4 +278,23 @@ async fn a_storm_of_moves_of_files_and_folders_converges() {
     let status = handle.status();
     assert!(ops > 1000 && status.failed.is_none(), "{ops} {status:?}");
     world.check();
+}
+
+/// After a power cut nothing may be shipped before it was healed; after a stop in order, or a kill, everything may.
+#[test]
+fn a_store_that_was_not_healed_is_not_captured() {
+    let mut world = World::new();
+    let state = NodeState::open(&world.state).unwrap();
+    let mark = || state.local_mark("m").unwrap().unwrap();
+    world.start();
+    assert!(!mark().clean, "taken away before anything is shipped");
+    let boot = mark().boot;
+    world.capture = None;
+    assert!(mark().clean);
+    for (boot, clean, refused) in [(&boot[..], false, false), ("another", true, false), ("another", false, true)] {
+        state.set_local_mark("m", &LocalMark { boot: boot.into(), lsn: Lsn(3), clean }).unwrap();
+        let started = Capture::start(world.config());
+        assert_eq!(matches!(started, Err(CaptureError::NotHealed {})), refused, "{boot} {clean}");
+    }
+    assert_eq!(mark(), LocalMark { boot: "another".into(), lsn: Lsn(3), clean: false }, "a refusal changes nothing");
 }

@@ -1,0 +1,58 @@
+//! What the capture notes for the day after a power cut.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use super::turns::Rig;
+
+fn write(rig: &Rig, name: &str, bytes: &[u8]) -> u64 {
+    fs::write(rig.root.join(name), bytes).unwrap();
+    fs::metadata(rig.root.join(name)).unwrap().ino()
+}
+
+fn settle(rig: &mut Rig) {
+    let before = rig.engine.outbox.last().lsn;
+    rig.until("the change to be durable on the standby", |rig| {
+        rig.engine.outbox.last().lsn > before && rig.engine.outbox.in_flight().next().is_none()
+    });
+}
+
+/// The standby keeps tombstones until it hears that they are stored: not before the removal is durable here, or it could not tell of it.
+#[test]
+fn what_is_not_durable_here_is_not_said_to_be_stored() {
+    let mut rig = Rig::new();
+    rig.connect();
+    write(&rig, "a", b"1");
+    settle(&mut rig);
+    fs::remove_file(rig.root.join("a")).unwrap();
+    let gone = rig.engine.outbox.last().lsn.next();
+    settle(&mut rig);
+    rig.turn(); // What the standby is told comes out one turn later.
+    assert!(rig.stored < gone || rig.engine.disk.durable() >= gone, "{} at {gone}", rig.stored);
+    let begun = Instant::now();
+    while rig.engine.disk.durable() < gone {
+        assert!(begun.elapsed() < Duration::from_secs(30), "never durable here");
+        std::thread::yield_now();
+    }
+    write(&rig, "b", b"2");
+    settle(&mut rig);
+    rig.until("the standby to be told", |rig| rig.stored >= gone);
+}
+
+#[test]
+fn inodes_written_in_place_are_noted_and_no_others() {
+    let mut rig = Rig::new();
+    rig.connect();
+    let ino = write(&rig, "log", b"line\n");
+    write(&rig, "index", b"old");
+    settle(&mut rig);
+    assert_eq!(rig.engine.view.manifest().in_place_after(None).unwrap(), None);
+    write(&rig, "index.tmp", b"new");
+    fs::rename(rig.root.join("index.tmp"), rig.root.join("index")).unwrap();
+    write(&rig, "log", b"line\nline\n");
+    settle(&mut rig);
+    rig.until("both", |rig| rig.engine.view.manifest().in_place_after(None).unwrap().is_some());
+    assert_eq!(rig.engine.view.manifest().in_place_after(None).unwrap(), Some(ino));
+    assert_eq!(rig.engine.view.manifest().in_place_after(Some(ino)).unwrap(), None);
+}
