@@ -183,3 +183,7 @@ impl Source for Waiting {
         self.runtime.block_on(self.remote.fetch(path, hash, size, into))
     }
 }
+
+#[cfg(test)]
+#[path = "remote_tests.rs"]
+mod tests;
