@@ -10,7 +10,7 @@ use crate::capture::CaptureError;
 use crate::capture::watch::WatchError;
 use crate::config::ConfigError;
 use crate::exit::ExitCode;
-use crate::heal::{HealError, WorkError};
+use crate::heal::{HealError, RemoteError, WorkError};
 use crate::net::{BindError, IdentityError};
 use crate::roles::RoleError;
 use crate::standby::StandbyError;
@@ -118,6 +118,7 @@ impl From<HealError> for Failure {
         let code = match error {
             HealError::Role(error) => return error.into(),
             HealError::NoStandby { .. } => ExitCode::Unhealed,
+            HealError::Work { source: WorkError::Remote(RemoteError::Spool(_)), .. } => ExitCode::Io,
             HealError::Remote { .. } | HealError::Work { source: WorkError::Remote(_), .. } => ExitCode::Peer,
             HealError::State(ref error) | HealError::Work { source: WorkError::State(ref error), .. } => of_state(error),
             _ => ExitCode::Io,

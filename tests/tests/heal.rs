@@ -308,3 +308,103 @@ fn a_heal_that_is_cut_is_done_again() {
     has_all(&world.replica, &names);
     world.end();
 }
+
+/// `twinbox mirror`: the source's disk is cut, the replica is on another.
+#[test]
+fn mirror_heals_its_source_before_it_mirrors() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    let scratch = Scratch::new("heal");
+    let mut disk = Disk::new(&scratch.join("store-disk"), 96);
+    let (replica, state, boot) = (scratch.dir("replica"), scratch.join("state"), scratch.join("boot-id"));
+    fs::create_dir_all(disk.path().join("store/u/new")).unwrap();
+    let program = Program::under_env("TWINBOX_BOOT_ID_FILE", &boot);
+    let rules = Rules::of(Layout::Maildir);
+    for round in 0..ROUNDS {
+        let store = disk.path().join("store");
+        fs::write(&boot, format!("boot-{round}")).unwrap();
+        let args = ["mirror", store.to_str().unwrap(), replica.to_str().unwrap(), "--state", state.to_str().unwrap()];
+        let mut mirror = program.spawn("mirror", scratch.path(), args);
+        nap_until(Instant::now() + LOCALLY_DURABLE);
+        wait_identical(&store, &replica, rules, LIMIT).unwrap_or_else(|why| panic!("{why}"));
+        let name = store.join(format!("u/new/{round}.M1"));
+        fs::write(&name, "a mail").unwrap();
+        wait_identical(&store, &replica, rules, LIMIT).unwrap_or_else(|why| panic!("{why}"));
+        mirror.kill9();
+        disk.cut();
+        let lost = !name.exists();
+        fs::write(&boot, format!("boot-{round}-again")).unwrap();
+        let once = program.run("mirror-once", scratch.path(), args.into_iter().chain(["--once"])).ok("mirror --once");
+        assert_eq!(fs::read_to_string(&name).unwrap(), "a mail");
+        assert_identical(&store, &replica, rules);
+        if lost {
+            assert!(once.stderr.contains("came back from the replica"), "{once}");
+            return;
+        }
+    }
+    panic!("in {ROUNDS} rounds nothing was lost: the machine is too slow for this test");
+}
+
+/// Each node is primary of one mirror and standby of the other, and both lose power: each is the only one that can help the other.
+#[test]
+fn two_nodes_that_lost_power_together_heal_each_other() {
+    let scratch = Scratch::new("heal");
+    let boot = scratch.join("boot-id");
+    fs::write(&boot, "boot-0").unwrap();
+    let mut nodes: Vec<Node> = ["alpha", "beta"]
+        .into_iter()
+        .map(|name| {
+            let root = scratch.dir(&format!("{name}-one"));
+            let spec = Spec { node: name, role: "standby", mirror: "one", root: &root, layout: Layout::Maildir, listen: free_udp() };
+            let node = Node::init(Program::under_env("TWINBOX_BOOT_ID_FILE", &boot), &scratch.join(name), &spec);
+            let other = scratch.dir(&format!("{name}-two"));
+            let config = fs::read_to_string(&node.config).unwrap();
+            let second =
+                format!("\n[[mirror]]\nname = \"two\"\nroot = \"{}\"\nlayout = \"maildir\"\nrole = \"standby\"\n", other.display());
+            let mine = if name == "alpha" { "one" } else { "two" };
+            let both = config + &second;
+            let at = both.find(&format!("name = \"{mine}\"")).unwrap();
+            let (before, after) = both.split_at(at);
+            fs::write(&node.config, format!("{before}{}", after.replacen("role = \"standby\"", "role = \"primary\"", 1))).unwrap();
+            node
+        })
+        .collect();
+    pair(&nodes[0], &nodes[1]);
+    let wait_both = |nodes: &[Node]| {
+        for node in nodes {
+            node.wait_state(LIMIT, "protected");
+        }
+        for mirror in ["one", "two"] {
+            let side = |name: &str| scratch.join(&format!("{name}-{mirror}"));
+            wait_identical(&side("alpha"), &side("beta"), Rules::of(Layout::Maildir), LIMIT).unwrap_or_else(|why| panic!("{why}"));
+        }
+    };
+    nodes.iter_mut().for_each(Node::start);
+    fs::write(scratch.join("alpha-one/mail"), "of one").unwrap();
+    fs::write(scratch.join("beta-two/mail"), "of two").unwrap();
+    wait_both(&nodes);
+    nodes.iter_mut().for_each(Node::kill9);
+    fs::write(&boot, "boot-1").unwrap();
+    let mut heals: Vec<_> = nodes
+        .iter()
+        .map(|node| {
+            let args = ["heal", "--config", node.config.to_str().unwrap(), "--timeout", "60s", "--json"];
+            Some(node.program.spawn("heal", &node.logs, args))
+        })
+        .collect();
+    // The unit starts the agent when its heal is through; the other may still need this node.
+    let end = Instant::now() + LIMIT;
+    while heals.iter().any(Option::is_some) {
+        assert!(Instant::now() < end, "they wait for each other");
+        for (heal, node) in heals.iter_mut().zip(&mut nodes) {
+            if let Some(mut process) = heal.take_if(|process| process.try_wait().is_some()) {
+                let status = process.wait(LIMIT);
+                assert!(status.success() && process.stdout().contains("\"healed\""), "{status} {}", process.stderr());
+                node.start();
+            }
+        }
+        nap_until(Instant::now() + Duration::from_millis(5));
+    }
+    wait_both(&nodes);
+    nodes.iter_mut().for_each(Node::stop);
+}

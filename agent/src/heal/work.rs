@@ -280,7 +280,9 @@ impl<S: Source> Work<'_, S> {
     fn place(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, file: &File) -> Result<bool, WorkError> {
         let put = self.replica.put(path, wanted, &Bytes::File(file, wanted.size()));
         put.map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
-        if let Some(then) = then {
+        if let (Some(then), Some(manifest)) = (then, &self.manifest)
+            && manifest.by_ino(then.ino).map_err(|e| manifest.state_error(&e))?.len() > 1
+        {
             self.links.insert(then.ino, path.clone());
         }
         Ok(true)
