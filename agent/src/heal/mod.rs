@@ -137,14 +137,22 @@ pub fn need(node: &str, state_dir: &Path, spec: MirrorSpec, force: bool) -> Resu
     let boot = boot_id().map_err(HealError::Boot)?;
     let mirror_dir = state_dir.join("mirrors").join(&spec.name);
     let Some(mark) = state.local_mark(&spec.name)? else { return Ok(None) };
-    if spec.adopt || (mark.boot == boot && !force) {
+    if mark.boot == boot && !force {
         return Ok(None);
     }
     let known = known(&mirror_dir)?;
     if !force && !needs_heal(&state, &spec.name, &boot, known.as_ref().map_or(Lsn::ZERO, |(_, at)| at.lsn))? {
         return Ok(None);
     }
-    crate::roles::bind_root(&state, &spec)?;
+    match crate::roles::bind_root(&state, &MirrorSpec { adopt: false, ..spec.clone() }) {
+        Err(RoleError::OtherRoot { .. }) if spec.adopt => {
+            tracing::warn!(mirror = %spec.name, "another directory is taken over as it is: what the one before lost is not brought back");
+            state.set_local_mark(&spec.name, &LocalMark { boot, ..mark })?;
+            return Ok(None);
+        }
+        Err(RoleError::OtherMachine {}) if spec.adopt => crate::roles::bind_root(&state, &spec)?,
+        bound => bound?,
+    }
     if history.reserved == Lsn::ZERO {
         // No transaction was ever numbered, so the standby has nothing that this disk could lack.
         state.set_local_mark(&spec.name, &LocalMark { boot, ..mark })?;

@@ -439,6 +439,15 @@ fn need_follows_the_mark() {
         assert_eq!(is_needed(false), needed, "{why}");
         assert!(is_needed(true), "{why}");
     }
+    let torn = LocalMark { boot: "other".into(), lsn: Lsn(5), clean: false };
+    state.set_local_mark("m", &torn).unwrap();
+    let adopting = |spec: &MirrorSpec| need("a", dir.path(), MirrorSpec { adopt: true, ..spec.clone() }, false).unwrap().is_some();
+    assert!(adopting(&spec), "the directory is the same: --adopt is no way around a heal");
+    let another = MirrorSpec { root: dir.path().join("another"), ..spec.clone() };
+    fs::create_dir(&another.root).unwrap();
+    assert!(matches!(need("a", dir.path(), another.clone(), false), Err(HealError::Role(RoleError::OtherRoot { .. }))));
+    assert!(!adopting(&another), "another directory, taken over as it is");
+    state.set_local_mark("m", &torn).unwrap();
     history.reserved = Lsn::ZERO;
     state.set_mirror("m", &history).unwrap();
     assert!(!is_needed(false), "nothing was ever shipped");
