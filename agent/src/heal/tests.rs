@@ -453,3 +453,74 @@ fn need_follows_the_mark() {
     assert!(!is_needed(false), "nothing was ever shipped");
     assert_eq!(state.local_mark("m").unwrap().unwrap().boot, boot);
 }
+
+/// One path's part in a random history: versions in order of LSNs (`None`: not there), and which of them the disk has after the cut (or one nobody knows).
+#[derive(Clone, Debug)]
+struct Past {
+    versions: Vec<Option<u8>>,
+    /// How many of them this node's manifest knows.
+    known: usize,
+    /// Index into the versions; beyond them: changed after the last of them.
+    disk: usize,
+}
+
+fn past() -> impl proptest::strategy::Strategy<Value = Past> {
+    use proptest::prelude::*;
+    (prop::collection::vec(prop::option::weighted(0.8, any::<u8>()), 2..6), any::<usize>(), any::<usize>()).prop_map(
+        |(versions, known, disk)| {
+            let len = versions.len();
+            Past { known: 1 + known % len, disk: disk % (len + 1), versions }
+        },
+    )
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    /// Whatever the disk has of each path: what the standby has is there afterwards or kept in rescue, what nobody else knows stays, and a second heal finds nothing to do.
+    #[test]
+    fn nothing_is_lost_on_either_side(pasts in proptest::collection::vec(past(), 1..8)) {
+        let mut rig = Rig::new();
+        let mut expect = vec![];
+        for (n, past) in pasts.iter().enumerate() {
+            let path = format!("u/cur/{n}.M:2,");
+            // Never the beginning of another, and no version of one path is found under another.
+            let bytes = |at: usize| match past.versions.get(at) {
+                Some(version) => version.map(|id| format!("path {n} version {id:03}").into_bytes()),
+                None => Some(format!("path {n} not shipped").into_bytes()),
+            };
+            let last = past.versions.len() - 1;
+            let (want, here) = (bytes(last), bytes(past.disk));
+            let newer = past.disk > last;
+            match &want {
+                Some(want) => drop(rig.has(&path, want)),
+                None => rig.gone(&path),
+            }
+            let local = here.as_ref().map(|here| rig.on_disk(&path, here));
+            // What was captured is older than what was changed since, and newer than what was lost.
+            let ctime = if newer { Time { secs: 1, nanos: 0 } } else { later() };
+            if let Some(row) = bytes(past.known - 1) {
+                let entry = rig.file(&row);
+                rig.knows(&path, &entry, local.map_or(1, |local| local.ino), ctime);
+            }
+            let before: Vec<_> = (0..past.known - 1).filter_map(bytes).filter(|had| Some(had) != bytes(past.known - 1).as_ref()).collect();
+            rig.had.extend(before.iter().map(|had| (p(&path), ContentHash::of(had))));
+            let recognised = here.as_ref().is_some_and(|here| before.contains(here) || bytes(past.known - 1).as_ref() == Some(here));
+            expect.push((path, want, here, newer, recognised));
+        }
+        let first = rig.heal();
+        for (path, want, here, newer, recognised) in expect {
+            let now = fs::read(rig.root.join(&path)).ok();
+            let rescued = want.as_ref().is_some_and(|want| rig.rescued().contains(want));
+            if now == want {
+                proptest::prop_assert!(!newer, "{path}: what nobody else knows was replaced: {first:?}");
+            } else {
+                proptest::prop_assert_eq!(&now, &here, "{} is neither", path);
+                proptest::prop_assert!(!recognised, "{path}: known to be older, and still there: {first:?}");
+                proptest::prop_assert!(want.is_none() || rescued || newer, "{path}: the standby's is nowhere: {first:?}");
+            }
+        }
+        let again = rig.heal();
+        proptest::prop_assert_eq!((again.restored, again.replaced, again.removed), (0, 0, 0));
+    }
+}
