@@ -38,6 +38,7 @@ fn example() -> Config {
         groups: vec!["*/*".parse().expect("a pattern")],
         exclude: vec!["*.bak".parse().expect("a pattern"), "cache/**".parse().expect("a pattern")],
         sweep_interval: DEFAULT_SWEEP,
+        fuzzy_after: None,
     };
     Config {
         node: "mail-a".parse().expect("a name"),
