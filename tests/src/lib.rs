@@ -3,7 +3,7 @@
 //! Reading order: [`gate`] (what a test needs, how large it is, what runs alone), [`scratch`] (where it works), [`tree`] (are two
 //! directory trees the same?), [`twinbox`], [`live`], [`node`] and [`refusal`] (the product's processes), [`dovecot`], [`imap`],
 //! [`lmtp`] and [`mailload`] (a real mail server and what happens to it), [`storm`] (changes without a mail server), [`netns`] and
-//! [`relay`] (networks that fail), [`powercut`] (disks that do), [`bench`](mod@bench) (what the measuring programs share).
+//! [`relay`] (networks that fail), [`platter`] (disks that do), [`bench`](mod@bench) (what the measuring programs share).
 //!
 //! Rules: waits are bounded and look at a condition, never at the clock alone; every random choice comes from a seed that a failing
 //! test prints; only processes started here are ever signalled, by their id.
@@ -21,7 +21,7 @@ pub mod lmtp;
 pub mod mailload;
 pub mod netns;
 pub mod node;
-pub mod powercut;
+pub mod platter;
 pub mod refusal;
 pub mod relay;
 pub mod rng;

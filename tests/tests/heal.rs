@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use twinbox_tests::gate::{Need, heavy, nap_until, wait_until};
 use twinbox_tests::node::{Node, Spec, free_udp, pair};
-use twinbox_tests::powercut::Disk;
+use twinbox_tests::platter::Disk;
 use twinbox_tests::require;
 use twinbox_tests::scratch::Scratch;
 use twinbox_tests::tree::{Layout, Rules, assert_identical, leftovers, wait_identical};
