@@ -2,7 +2,8 @@
 //!
 //! Reading order: [`gate`] (what a test needs, how large it is, what runs alone), [`scratch`] (where it works), [`tree`] (are two
 //! directory trees the same?), [`twinbox`], [`live`], [`node`] and [`refusal`] (the product's processes), [`dovecot`], [`imap`],
-//! [`lmtp`] and [`mailload`] (a real mail server and what happens to it), [`storm`] (changes without a mail server), [`netns`] and
+//! [`lmtp`] and [`mailload`] (a real mail server and what happens to it), [`storm`] (changes without a mail server), [`script`] (changes
+//! whose every moment is known), [`netns`] and
 //! [`relay`] (networks that fail), [`bench`](mod@bench) (what the measuring programs share).
 //!
 //! Rules: waits are bounded and look at a condition, never at the clock alone; every random choice comes from a seed that a failing
@@ -21,6 +22,7 @@ pub mod refusal;
 pub mod relay;
 pub mod rng;
 pub mod scratch;
+pub mod script;
 pub mod storm;
 pub mod tree;
 pub mod twinbox;
