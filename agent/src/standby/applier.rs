@@ -336,7 +336,8 @@ impl Applier {
             // Txns after this carry digests under the new key: recovery must know it.
             self.checkpoint()?;
         }
-        let Some((generation, epoch)) = self.known else {
+        // A history is noted before its first position is: of one that died in between nothing was ever taken, and the primary's position has a chain of its own.
+        let Some((generation, epoch)) = self.known.filter(|_| self.applied != Position::START) else {
             return Ok(if self.manifest.is_empty() { Holding::Empty } else { Holding::Adopted { rows: self.manifest.len() } });
         };
         let chain_at_yours = self.manifest.chain_at(hello.position.lsn).map_err(|e| sql(self.manifest.state_error(&e)))?;

@@ -218,6 +218,16 @@ async fn bulk_objects_keep_holes_and_are_checked() {
     assert_eq!(fs::read_dir(rig.state().join("staging")).unwrap().count(), 1, "parts do not stay");
 }
 
+/// Killed in a first sync between the two: the next primary begins again, rather than find two histories.
+#[tokio::test]
+async fn a_history_without_a_position_holds_nothing() {
+    let mut rig = Rig::empty();
+    rig.known = Some(followed());
+    rig.start().unwrap();
+    let asked = Position { chain: twinbox_protocol::ids::ChainHash([9; 32]), ..Position::START };
+    assert_eq!(soon(rig.handle().replica(&hello(asked, Digest::default()))).await.unwrap(), Replica::Empty);
+}
+
 #[tokio::test]
 async fn hello_tells_what_is_here_and_rows_can_be_pulled() {
     let mut rig = Rig::empty();
