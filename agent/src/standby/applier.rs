@@ -340,7 +340,11 @@ impl Applier {
         let Some((generation, epoch)) = self.known.filter(|_| self.applied != Position::START) else {
             return Ok(if self.manifest.is_empty() { Holding::Empty } else { Holding::Adopted { rows: self.manifest.len() } });
         };
-        let chain_at_yours = self.manifest.chain_at(hello.position.lsn).map_err(|e| sql(self.manifest.state_error(&e)))?;
+        // One that remembers nothing pulls everything: a first sync's own position, also at LSN 0, has another chain.
+        let chain_at_yours = match hello.position {
+            Position::START => None,
+            position => self.manifest.chain_at(position.lsn).map_err(|e| sql(self.manifest.state_error(&e)))?,
+        };
         Ok(Holding::Holds { generation, epoch, position: self.applied, digest: self.manifest.digest(), chain_at_yours })
     }
 
