@@ -4,12 +4,13 @@
 //! directory trees the same?), [`twinbox`], [`live`], [`node`] and [`refusal`] (the product's processes), [`dovecot`], [`imap`],
 //! [`lmtp`] and [`mailload`] (a real mail server and what happens to it), [`storm`] (changes without a mail server), [`script`] (changes
 //! whose every moment is known), [`netns`] and
-//! [`relay`] (networks that fail), [`bench`](mod@bench) (what the measuring programs share).
+//! [`relay`] (networks that fail), [`disk`] and [`powercut`] (disks that do), [`bench`](mod@bench) (what the measuring programs share).
 //!
 //! Rules: waits are bounded and look at a condition, never at the clock alone; every random choice comes from a seed that a failing
 //! test prints; only processes started here are ever signalled, by their id.
 
 pub mod bench;
+pub mod disk;
 pub mod dovecot;
 pub mod gate;
 pub mod imap;
@@ -18,6 +19,7 @@ pub mod lmtp;
 pub mod mailload;
 pub mod netns;
 pub mod node;
+pub mod powercut;
 pub mod refusal;
 pub mod relay;
 pub mod rng;
