@@ -229,7 +229,10 @@ impl Applier {
             Cmd::Hello { hello, reply } => {
                 self.catch_up()?;
                 let answer = self.hello(&hello);
+                // It may have made a checkpoint: one that failed is not tried again, for what the system kept of it is not known.
+                let failed = answer.as_ref().err().cloned();
                 let _ = reply.send(answer.map_err(|error| Refusal::failed(&error)));
+                return failed.map_or(Ok(()), Err);
             }
             Cmd::Pull { since, out, reply } => {
                 self.catch_up()?;

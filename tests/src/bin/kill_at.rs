@@ -1,6 +1,7 @@
 //! Runs a program and kills it with SIGKILL as it enters its n-th system call of one kind, counted over all its threads.
 //!
-//! `kill_at KIND N COUNTS PROGRAM ARGS…`; N = 0 only counts. How often each kind was entered is written to the file COUNTS at the end, with
+//! `kill_at KIND N COUNTS PROGRAM ARGS…`; N = 0 only counts; `fail:N` makes that call answer EIO, once, and lets the program live. `KIND@TEXT`
+//! counts only calls on a descriptor whose path contains TEXT. How often each kind was entered is written to the file COUNTS at the end, with
 //! `killed` where it came to that. The program takes this process's place, so it is signalled and waited for as if run directly; the tracer is
 //! a child beside it. `strace --inject` counts for each thread apart, and so would never reach the later calls of a quiet thread.
 //!
@@ -91,8 +92,40 @@ fn to_file(pid: Pid, fd: u64) -> bool {
     target.is_absolute() && !target.starts_with("/dev") && !target.to_string_lossy().starts_with("/memfd:")
 }
 
+/// Whether the first argument is a descriptor of a path that contains `part`.
+fn about(pid: Pid, call: &Call, part: Option<&str>) -> bool {
+    let Some(part) = part else { return true };
+    let path = std::fs::read_link(format!("/proc/{pid}/fd/{}", call.args[0])).unwrap_or_default();
+    path.to_string_lossy().contains(part)
+}
+
+/// At the end of a call: it answers EIO, whatever it did.
+fn answer_eio(pid: Pid) -> nix::Result<()> {
+    let mut regs = ptrace::getregs(pid)?;
+    let answer = -i64::from(libc::EIO) as u64;
+    #[cfg(target_arch = "x86_64")]
+    {
+        regs.rax = answer;
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        regs.regs[0] = answer;
+    }
+    ptrace::setregs(pid, regs)
+}
+
+/// What is to happen at the chosen call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Kill,
+    Fail,
+}
+
 /// Follows `program` to its end.
-fn trace(program: Pid, wanted: &str, at: u64, counts: &Path) -> nix::Result<()> {
+fn trace(program: Pid, wanted: &str, fate: Fate, at: u64, counts: &Path) -> nix::Result<()> {
+    let (wanted, part) = wanted.split_once('@').map_or((wanted, None), |(kind, part)| (kind, Some(part)));
+    let mut chosen = 0;
+    let mut failing = None;
     let options = Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACECLONE | Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_EXITKILL;
     ptrace::seize(program, options)?;
     ptrace::interrupt(program)?;
@@ -112,12 +145,21 @@ fn trace(program: Pid, wanted: &str, at: u64, counts: &Path) -> nix::Result<()> 
                     && let Ok(call) = call(pid)
                     && let Some(kind) = kind(pid, &call)
                 {
-                    let count = seen.entry(kind).or_default();
-                    *count += 1;
-                    if kind == wanted && *count == at {
-                        killed = true;
-                        kill(program, Signal::SIGKILL)?;
+                    *seen.entry(kind).or_default() += 1;
+                    if kind == wanted && about(pid, &call, part) {
+                        chosen += 1;
+                        match fate {
+                            _ if chosen != at => {}
+                            Fate::Kill => {
+                                killed = true;
+                                kill(program, Signal::SIGKILL)?;
+                            }
+                            Fate::Fail => failing = Some(pid),
+                        }
                     }
+                } else if !entry && failing == Some(pid) {
+                    failing = None;
+                    answer_eio(pid)?;
                 }
                 (pid, None)
             }
@@ -149,12 +191,14 @@ fn main() -> ExitCode {
         eprintln!("usage: kill_at KIND N COUNTS PROGRAM ARGS…");
         return ExitCode::from(2);
     };
-    let (kind, at) = (kind.to_string_lossy(), at.to_string_lossy().parse().unwrap_or(0));
+    let (kind, at) = (kind.to_string_lossy(), at.to_string_lossy());
+    let (fate, at) = at.strip_prefix("fail:").map_or((Fate::Kill, &*at), |at| (Fate::Fail, at));
+    let at = at.parse().unwrap_or(0);
     if let [mark, pid] = rest
         && mark == "--tracer"
     {
         let pid = pid.to_string_lossy().parse().map(Pid::from_raw);
-        return match pid.map(|pid| trace(pid, &kind, at, Path::new(counts))) {
+        return match pid.map(|pid| trace(pid, &kind, fate, at, Path::new(counts))) {
             Ok(Ok(())) => ExitCode::SUCCESS,
             other => {
                 eprintln!("kill_at: {other:?}");
