@@ -220,7 +220,10 @@ fn every_point(side: Side, part: u64) {
             let at = 1 + from + rng.below((to - from).max(1) as usize) as u64;
             let ended = stage.life(side, &kind, at, seed.0);
             done += ended.get("killed").copied().unwrap_or(0);
-            eprintln!("{side:?} {kind}:{at} of {total}: {}", if ended.contains_key("killed") { "killed, recovered" } else { "not reached" });
+            eprintln!(
+                "{side:?} {kind}:{at} of {total}: {}",
+                if ended.contains_key("killed") { "killed, recovered" } else { "not reached" }
+            );
         }
     }
     eprintln!("{side:?}: {done} kills recovered from");

@@ -141,7 +141,9 @@ fn trace(program: Pid, wanted: &str, fate: Fate, at: u64, counts: &Path) -> nix:
             Err(error) => return Err(error),
             Ok(WaitStatus::PtraceSyscall(pid)) => {
                 let entry = ptrace::syscall_info(pid).is_ok_and(|info| info.op == libc::PTRACE_SYSCALL_INFO_ENTRY);
-                if entry && running && !killed
+                if entry
+                    && running
+                    && !killed
                     && let Ok(call) = call(pid)
                     && let Some(kind) = kind(pid, &call)
                 {
@@ -185,6 +187,7 @@ fn trace(program: Pid, wanted: &str, fate: Fate, at: u64, counts: &Path) -> nix:
     written.map_err(|_| Errno::EIO)
 }
 
+#[expect(clippy::zombie_processes, reason = "the tracer outlives what this process becomes")]
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     let [kind, at, counts, rest @ ..] = &words[..] else {
