@@ -177,9 +177,6 @@ impl Manifest {
     /// # Errors
     /// SQLite's.
     pub fn chain_at(&self, lsn: Lsn) -> rusqlite::Result<Option<ChainHash>> {
-        if lsn == Lsn::ZERO {
-            return Ok(Some(ChainHash::ZERO));
-        }
         self.db
             .prepare_cached("SELECT hash FROM chain WHERE lsn = ?1")?
             .query_row([lsn.0 as i64], |row| row.get(0).map(ChainHash))

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
-use twinbox_protocol::digest::DigestKey;
+use twinbox_protocol::digest::{Digest, DigestKey};
 use twinbox_protocol::entry::{Kind, Time};
 use twinbox_protocol::ids::{Epoch, Generation, MirrorId};
 use twinbox_protocol::msg::{BulkItem, Position, Replica, Welcome};
@@ -400,6 +400,37 @@ fn a_name_seen_before_its_inode_changed_under_another_name_is_looked_at_again() 
     rig.stage = true;
     rig.settle();
     rig.check();
+}
+
+/// The link fails, or the standby dies, after the primary has stored what it pulled and before the standby has heard where to begin.
+#[test]
+fn a_pull_the_standby_never_heard_the_end_of_is_no_other_history() {
+    let mut rig = started(&["u"]);
+    fs::write(rig.root.join("u/x"), b"1").unwrap();
+    rig.settle();
+    rig.disconnect();
+    let ask = |rig: &mut Rig, stands: Option<(Position, Digest)>| {
+        let (reply, mut answer) = oneshot::channel();
+        rig.engine.command(Command::Hello(reply)).unwrap();
+        let hello = answer.try_recv().unwrap();
+        let (position, digest) = stands.unwrap_or((hello.position, Digest([7; 4])));
+        let chain_at_yours = (hello.position == position).then_some(position.chain);
+        let replica = Replica::Holds { generation: hello.generation, epoch: hello.epoch, position, digest, chain_at_yours };
+        let incarnation = Incarnation([5; 16]);
+        let (protocol, chunker) = (hello.protocol, hello.chunker);
+        let welcome = Welcome { protocol, software: String::new(), node: "b".into(), incarnation, chunker, replica, wall_ns: 0 };
+        let (reply, mut answer) = oneshot::channel();
+        rig.engine.command(Command::Welcome(Box::new(welcome), reply)).unwrap();
+        (answer.try_recv().unwrap(), position)
+    };
+    let (step, stands) = ask(&mut rig, None);
+    assert!(matches!(step, Ok(Step::Pull(None))), "other digest: {step:?}");
+    let (reply, mut answer) = oneshot::channel();
+    rig.engine.command(Command::RowsEnd(stands, Digest::default(), reply)).unwrap();
+    let step = answer.try_recv().unwrap();
+    assert!(matches!(step, Ok(Step::Begin { reset: true, .. })), "{step:?}");
+    let (step, _) = ask(&mut rig, Some((stands, Digest::default())));
+    assert!(matches!(step, Ok(Step::Pull(None))), "it is where it was: {step:?}");
 }
 
 #[test]

@@ -271,7 +271,8 @@ impl Engine {
         }
         let reset = pull.since.is_none();
         let from = if reset {
-            fresh_start(self.config.known.generation, Lsn(self.outbox.next_lsn().0 - 1).max(position.lsn), digest)
+            // Past where the standby is: should it never hear of this, it is behind then, and not at the same LSN with another log.
+            fresh_start(self.config.known.generation, self.outbox.next_lsn().max(position.lsn.next()), digest)
         } else {
             position
         };

@@ -232,7 +232,10 @@ impl Applier {
             Cmd::Hello { hello, reply } => {
                 self.catch_up()?;
                 let answer = self.hello(&hello);
+                // It may have made a checkpoint: one that failed is not tried again, for what the system kept of it is not known.
+                let failed = answer.as_ref().err().cloned();
                 let _ = reply.send(answer.map_err(|error| Refusal::failed(&error)));
+                return failed.map_or(Ok(()), Err);
             }
             Cmd::Pull { since, out, reply } => {
                 self.catch_up()?;
@@ -349,10 +352,15 @@ impl Applier {
             // Txns after this carry digests under the new key: recovery must know it.
             self.checkpoint()?;
         }
-        let Some((generation, epoch)) = self.known else {
+        // A history is noted before its first position is: of one that died in between nothing was ever taken, and the primary's position has a chain of its own.
+        let Some((generation, epoch)) = self.known.filter(|_| self.applied != Position::START) else {
             return Ok(if self.manifest.is_empty() { Holding::Empty } else { Holding::Adopted { rows: self.manifest.len() } });
         };
-        let chain_at_yours = self.manifest.chain_at(hello.position.lsn).map_err(|e| sql(self.manifest.state_error(&e)))?;
+        // One that remembers nothing pulls everything: a first sync's own position, also at LSN 0, has another chain.
+        let chain_at_yours = match hello.position {
+            Position::START => None,
+            position => self.manifest.chain_at(position.lsn).map_err(|e| sql(self.manifest.state_error(&e)))?,
+        };
         Ok(Holding::Holds { generation, epoch, position: self.applied, digest: self.manifest.digest(), chain_at_yours })
     }
 

@@ -211,12 +211,13 @@ impl Shared {
     /// Nothing is accepted any more until a restart.
     pub(super) fn refuse(&self, why: &str) {
         tracing::error!(why, "the standby accepts nothing until it is restarted");
+        let told = StandbyError::Latched { why: why.to_owned() }.to_string();
         self.update(|status| {
-            status.last_error = Some((SystemTime::now(), why.to_owned()));
+            status.last_error = Some((SystemTime::now(), told.clone()));
             status.refusing.get_or_insert_with(|| why.to_owned());
         });
         if let Some(session) = self.session() {
-            session.send(ToPrimary::Problem { message: why.to_owned() });
+            session.send(ToPrimary::Problem { message: told });
             session.fail(StandbyError::Latched { why: why.to_owned() });
         }
     }

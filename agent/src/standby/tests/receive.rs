@@ -218,6 +218,39 @@ async fn bulk_objects_keep_holes_and_are_checked() {
     assert_eq!(fs::read_dir(rig.state().join("staging")).unwrap().count(), 1, "parts do not stay");
 }
 
+/// Killed in a first sync between the two: the next primary begins again, rather than find two histories.
+#[tokio::test]
+async fn a_history_without_a_position_holds_nothing() {
+    let mut rig = Rig::empty();
+    rig.known = Some(followed());
+    rig.start().unwrap();
+    let asked = Position { chain: twinbox_protocol::ids::ChainHash([9; 32]), ..Position::START };
+    assert_eq!(soon(rig.handle().replica(&hello(asked, Digest::default()))).await.unwrap(), Replica::Empty);
+}
+
+/// The first LSN of all was acknowledged and the primary died before it heard so; its position is still where the first sync began.
+#[tokio::test]
+async fn where_a_first_sync_began_is_remembered() {
+    let mut rig = Rig::empty();
+    rig.start().unwrap();
+    let from = Position { chain: twinbox_protocol::ids::ChainHash([9; 32]), ..Position::START };
+    assert_eq!(soon(rig.handle().replica(&hello(from, Digest::default()))).await.unwrap(), Replica::Empty);
+    let (out, from_standby) = mpsc::unbounded_channel();
+    rig.session = Some(soon(rig.handle().begin(from, true, out)).await.unwrap());
+    rig.from_standby = from_standby;
+    rig.handle().follow(followed().generation, Epoch(1));
+    rig.outbox.handle_restart(from);
+    rig.check(vec![put("a", b"x", 1)]).await;
+    let told = |replica| match replica {
+        Replica::Holds { chain_at_yours, .. } => chain_at_yours,
+        other => panic!("{other:?}"),
+    };
+    let again = soon(rig.handle().replica(&hello(from, Digest::default()))).await.unwrap();
+    assert_eq!(told(again), Some(from.chain));
+    let lost = soon(rig.handle().replica(&hello(Position::START, Digest::default()))).await.unwrap();
+    assert_eq!(told(lost), None, "a primary that remembers nothing pulls everything");
+}
+
 #[tokio::test]
 async fn hello_tells_what_is_here_and_rows_can_be_pulled() {
     let mut rig = Rig::empty();
