@@ -1,7 +1,7 @@
 //! Files that some process has mapped for writing: a store into a mapping raises no event, and a second one to a dirty page moves no timestamp either.
 //!
 //! A thread of its own reads `/proc/*/maps` (proc(5)), at most every second and for at most a fiftieth of the time. What it finds is synced before it is compared (fdatasync write-protects the pages again, so that the next store
-//! moves the ctime: [seen] on ext4 and XFS; tmpfs has no write-back, so nothing helps there). Sees the mappings of all processes as root, else its own user's.
+//! moves the ctime, as was seen on ext4 and XFS; tmpfs has no write-back, so nothing helps there). Sees the mappings of all processes as root, else its own user's.
 //! A mapping made since the last look is found by the next: stores through mappings are outside of what a fence promises.
 
 use std::collections::BTreeSet;
