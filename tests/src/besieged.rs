@@ -1,6 +1,5 @@
 //! A mirror of adversarial writers whose standby is killed again and again: each recovered replica must be a state the store had.
 
-use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +13,6 @@ use crate::node::Pair;
 use crate::rng::{Rng, Seed};
 use crate::scratch::Scratch;
 use crate::tree::{Layout, Rules, wait_identical};
-use crate::twinbox::Program;
 
 /// What was seen.
 #[derive(Debug, Default)]
@@ -37,10 +35,7 @@ pub fn run(time: Duration, kills: usize, sizes: Sizes) -> Seen {
     let (root, replica, copies) = (scratch.dir("store"), scratch.dir("replica"), scratch.dir("copies"));
     let stage = Stage::new(&root, sizes);
     prepare(&stage).expect("prepare");
-    let cable = Cable::new();
-    let programs = [Program::within(&cable.a), Program::within(&cable.b)];
-    let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
-    let mut pair = Pair::start(scratch.path(), &root, &replica, Layout::Plain, programs, listen);
+    let (mut pair, cable) = Pair::over_cable(scratch.path(), &root, &replica, Layout::Plain);
     pair.wait_drained(Duration::from_secs(120));
     let mut seen = Seen::default();
     let mut last = Held::default();
@@ -52,12 +47,7 @@ pub fn run(time: Duration, kills: usize, sizes: Sizes) -> Seen {
         for kill in 0..kills {
             let jitter = Duration::from_micros(rng.below(share.as_micros().min(1_000_000) as usize / 2 + 1) as u64);
             nap_until((began + share * kill as u32).max(Instant::now()) + share / 4 + jitter);
-            cable.cut();
-            pair.standby.kill9();
-            pair.standby.start();
-            wait_until(Duration::from_secs(60), "the standby to recover", || {
-                pair.standby.status().is_some_and(|s| s.said.mirrors.iter().all(|m| m.lsn.applied == m.lsn.durable))
-            });
+            recovered_alone(&mut pair, &cable);
             let (held, wrong) = check(&replica, &copies);
             assert!(wrong.is_empty(), "kill {kill}: the replica is in a state that never was:\n{}\n{held:?}", wrong.join("\n"));
             seen.samples += 1;
@@ -82,6 +72,16 @@ pub fn run(time: Duration, kills: usize, sizes: Sizes) -> Seen {
     seen
 }
 
+/// Cuts the cable, kills the standby, and waits until it has recovered by itself.
+fn recovered_alone(pair: &mut Pair, cable: &Cable) {
+    cable.cut();
+    pair.standby.kill9();
+    pair.standby.start();
+    wait_until(Duration::from_secs(60), "the standby to recover", || {
+        pair.standby.status().is_some_and(|s| s.said.mirrors.iter().all(|m| m.lsn.applied == m.lsn.durable))
+    });
+}
+
 struct End<'a>(&'a Stage);
 
 impl Drop for End<'_> {
@@ -98,10 +98,7 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<usize> {
     let root = dovecot::store(&scratch, "store");
     let replica = scratch.dir("replica");
     let users = dovecot::users(20);
-    let cable = Cable::new();
-    let programs = [Program::within(&cable.a), Program::within(&cable.b)];
-    let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
-    let mut pair = Pair::start(scratch.path(), &root, &replica, layout, programs, listen);
+    let (mut pair, cable) = Pair::over_cable(scratch.path(), &root, &replica, layout);
     pair.wait_drained(Duration::from_secs(60));
     let server = Dovecot::start(&root, layout);
     let busy = AtomicBool::new(true);
@@ -121,12 +118,7 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<usize> {
         for kill in 0..kills {
             let jitter = Duration::from_micros(rng.below(share.as_micros().min(1_000_000) as usize / 2 + 1) as u64);
             nap_until((began + share * kill as u32).max(Instant::now()) + share / 4 + jitter);
-            cable.cut();
-            pair.standby.kill9();
-            pair.standby.start();
-            wait_until(Duration::from_secs(60), "the standby to recover", || {
-                pair.standby.status().is_some_and(|s| s.said.mirrors.iter().all(|m| m.lsn.applied == m.lsn.durable))
-            });
+            recovered_alone(&mut pair, &cable);
             // A Dovecot changes what it opens.
             let copy = scratch.join("copy");
             let _ = std::fs::remove_dir_all(&copy);

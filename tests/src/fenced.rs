@@ -1,17 +1,14 @@
 //! Writers fence every message while the primary is lost again and again: what was fenced must be on the recovered standby each time.
 
-use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::fence::{Ledger, maildir};
 use crate::gate::{nap_until, wait_until};
-use crate::netns::Cable;
 use crate::node::Pair;
 use crate::rng::{Rng, Seed};
 use crate::scratch::Scratch;
 use crate::tree::{Layout, Rules, wait_identical};
-use crate::twinbox::Program;
 
 /// What was seen.
 #[derive(Debug, Default)]
@@ -35,10 +32,7 @@ pub fn run(deliveries: usize, writers: usize, losses: usize) -> Seen {
     for writer in 0..writers {
         maildir(&root, &format!("user{writer:02}"));
     }
-    let cable = Cable::new();
-    let programs = [Program::within(&cable.a), Program::within(&cable.b)];
-    let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
-    let mut pair = Pair::start(scratch.path(), &root, &replica, Layout::Maildir, programs, listen);
+    let (mut pair, cable) = Pair::over_cable(scratch.path(), &root, &replica, Layout::Maildir);
     pair.wait_drained(Duration::from_secs(60));
     let (ledger, state) = (Ledger::default(), pair.primary.state.clone());
     let mut seen = Seen::default();

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::gate::{wait_for, wait_until};
+use crate::netns::Cable;
 use crate::tree::Layout;
 use crate::twinbox::{COMMAND_LIMIT, Ended, Process, Program, STOP_LIMIT};
 
@@ -278,6 +279,15 @@ impl Pair {
         let at = [free_udp(), free_udp()];
         let programs = [Program::here(), Program::here()];
         Self::start(dir, source, replica, layout, programs, at)
+    }
+
+    /// The same, each node in a network namespace of its own, at the ends of a cable (root).
+    #[must_use]
+    pub fn over_cable(dir: &Path, source: &Path, replica: &Path, layout: Layout) -> (Self, Cable) {
+        let cable = Cable::new();
+        let programs = [Program::within(&cable.a), Program::within(&cable.b)];
+        let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
+        (Self::start(dir, source, replica, layout, programs, listen), cable)
     }
 
     /// The same, each node run in its own way and listening at its own address.

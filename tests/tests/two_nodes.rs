@@ -3,7 +3,6 @@
 //!
 //! Size: 3 cuts of 3 s and 3 kills of each agent; `TWINBOX_TEST_FULL=1`: ten cuts of 10 s, ten kills of each.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -16,7 +15,6 @@ use twinbox_tests::require;
 use twinbox_tests::rng::{Rng, Seed};
 use twinbox_tests::scratch::Scratch;
 use twinbox_tests::tree::{Layout, Rules, assert_identical, leftovers, wait_identical};
-use twinbox_tests::twinbox::Program;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
@@ -71,10 +69,7 @@ fn cuts_and_kills_under_a_mail_load() {
     let root = dovecot::store(&scratch, "store");
     let replica = scratch.dir("replica");
     let users = dovecot::users(20);
-    let cable = Cable::new();
-    let programs = [Program::within(&cable.a), Program::within(&cable.b)];
-    let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
-    let mut pair = Pair::start(scratch.path(), &root, &replica, layout, programs, listen);
+    let (mut pair, cable) = Pair::over_cable(scratch.path(), &root, &replica, layout);
     pair.wait_drained(Duration::from_secs(60));
 
     let server = Dovecot::start(&root, layout);
@@ -145,10 +140,7 @@ fn a_cut_is_told_and_healed() {
     let scratch = Scratch::new("two-nodes");
     let (root, replica) = (scratch.dir("store"), scratch.dir("replica"));
     std::fs::create_dir_all(root.join("user/Maildir/new")).unwrap();
-    let cable = Cable::new();
-    let programs = [Program::within(&cable.a), Program::within(&cable.b)];
-    let listen = [SocketAddr::new(cable.a.address, 7440), SocketAddr::new(cable.b.address, 7440)];
-    let mut pair = Pair::start(scratch.path(), &root, &replica, Layout::Maildir, programs, listen);
+    let (mut pair, cable) = Pair::over_cable(scratch.path(), &root, &replica, Layout::Maildir);
     pair.wait_drained(Duration::from_secs(60));
     cable.cut();
     for n in 0..50 {
