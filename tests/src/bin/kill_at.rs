@@ -1,8 +1,8 @@
 //! Runs a program and kills it with SIGKILL as it enters its n-th system call of one kind, counted over all its threads.
 //!
-//! `kill_at KIND N COUNTS PROGRAM ARGS…`; N = 0 only counts; `fail:N` makes that call answer EIO, once, and lets the program live. `KIND@TEXT`
-//! counts only calls on a descriptor whose path contains TEXT. How often each kind was entered is written to the file COUNTS at the end, with
-//! `killed` where it came to that. The program takes this process's place, so it is signalled and waited for as if run directly; the tracer is
+//! `kill_at KIND N COUNTS PROGRAM ARGS…`; N = 0 only counts; `fail:N` makes that call answer EIO, once, and lets the program live;
+//! it counts only once the file COUNTS.armed exists, so that the program may start as it likes. `KIND@TEXT` counts only calls on a descriptor
+//! whose path contains TEXT. How often each kind was entered is written to the file COUNTS at the end, with `killed` where it came to that. The program takes this process's place, so it is signalled and waited for as if run directly; the tracer is
 //! a child beside it. `strace --inject` counts for each thread apart, and so would never reach the later calls of a quiet thread.
 //!
 //! A write counts only when it goes to a file: not to a socket, a pipe, an event counter or the log on descriptors 0 to 2.
@@ -125,6 +125,7 @@ enum Fate {
 fn trace(program: Pid, wanted: &str, fate: Fate, at: u64, counts: &Path) -> nix::Result<()> {
     let (wanted, part) = wanted.split_once('@').map_or((wanted, None), |(kind, part)| (kind, Some(part)));
     let mut chosen = 0;
+    let armed = counts.with_extension("armed");
     let mut failing = None;
     let options = Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACECLONE | Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_EXITKILL;
     ptrace::seize(program, options)?;
@@ -148,7 +149,7 @@ fn trace(program: Pid, wanted: &str, fate: Fate, at: u64, counts: &Path) -> nix:
                     && let Some(kind) = kind(pid, &call)
                 {
                     *seen.entry(kind).or_default() += 1;
-                    if kind == wanted && about(pid, &call, part) {
+                    if kind == wanted && about(pid, &call, part) && (fate == Fate::Kill || armed.exists()) {
                         chosen += 1;
                         match fate {
                             _ if chosen != at => {}
