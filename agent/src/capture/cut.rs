@@ -98,10 +98,17 @@ impl Engine {
         }
         self.boundary()?;
         self.pulse.enter(Stage::Commit);
-        let (mut again, mut committed) = (false, false);
+        let (mut again, mut committed, mut judged) = (false, false, BTreeSet::new());
         for unit in units {
-            // A rename since may have joined it to another.
+            // A rename since may have joined it to another,
             let unit: BTreeSet<Group> = unit.iter().flat_map(|name| self.sets.closure(name)).collect();
+            if !judged.is_disjoint(&unit) {
+                // with which it was cut, or not: thawed, that one lacks its renames.
+                again = true;
+                unit.difference(&judged).for_each(|name| self.sets.thaw(name));
+                continue;
+            }
+            judged.extend(unit.iter().cloned());
             if self.is_cut(&unit) {
                 committed |= self.commit(&unit, 0)?;
             } else if self.is_overdue(&unit) {

@@ -46,8 +46,8 @@ pub struct GroupState {
     pub captured: BTreeMap<RelPath, Seen>,
     /// Content on its way ahead on a bulk stream: path ▶ job number.
     pub staging: BTreeMap<RelPath, u64>,
-    /// Renames seen since the last commit, in order, each with its place among those of all groups.
-    pub hints: Vec<(u64, Hint)>,
+    /// Renames seen since the last commit, in order.
+    pub hints: Vec<Renamed>,
     /// How many of them were seen before the round's first boundary: only these belong to its cut.
     pub frozen: usize,
     /// A captured member was touched since the round began.
@@ -60,6 +60,16 @@ pub struct GroupState {
     pub bytes: usize,
     /// Last round that was committed.
     pub cut: u64,
+}
+
+/// A rename seen.
+#[derive(Clone, Debug)]
+pub struct Renamed {
+    /// Its place among those of all groups.
+    at: u64,
+    /// The group of the old name.
+    from: Group,
+    hint: Hint,
 }
 
 impl GroupState {
@@ -318,6 +328,18 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
     }
 
+    /// The same, of those below a directory.
+    #[must_use]
+    pub fn observed_below(&self, dir: &RelPath) -> Vec<RelPath> {
+        let Some((low, high)) = dir.below() else { return self.observed() };
+        let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
+        let names = |g: &GroupState| {
+            let captured = g.captured.range::<[u8], _>(bounds).map(|(path, _)| path.clone());
+            captured.chain(g.staging.range::<[u8], _>(bounds).map(|(path, _)| path.clone())).collect::<Vec<_>>()
+        };
+        self.touched(dir).flat_map(names).collect()
+    }
+
     /// Names seen of an inode that has since been seen with a later ctime under another name, which is in the unit `names`: what was seen of them is old, in whatever group they are.
     ///
     /// How many names the inode had when it was seen does not matter: one that came later raises no event under the first.
@@ -400,21 +422,22 @@ impl DirtySets {
         if from.0 != to.0 {
             self.joins.insert((from.0.to_vec(), to.0.to_vec()));
         }
-        let mut hint = Hint { from: from.1.clone(), to: to.1.clone() };
+        let mut seen = Renamed { at: 0, from: from.0.to_vec(), hint: Hint { from: from.1.clone(), to: to.1.clone() } };
         // The rename just before it moved the same thing: one from there to here says as much, and a file that wanders for hours is one hint.
         if let Some(before) = self.groups.get_mut(from.0)
             && before.hints.len() > before.frozen
-            && before.hints.last().is_some_and(|(at, last)| *at == self.renames && last.to == hint.from)
-            && let Some((_, last)) = before.hints.pop()
+            && before.hints.last().is_some_and(|last| last.at == self.renames && last.hint.to == seen.hint.from)
+            && let Some(last) = before.hints.pop()
         {
-            hint.from = last.from;
+            seen = Renamed { hint: Hint { from: last.hint.from, to: seen.hint.to }, ..last };
             self.hints -= 1;
+            self.join(&seen.from, to.0); // The way between them is forgotten with the next commit.
         }
         self.renames += 1;
-        if hint.from != hint.to {
-            let at = self.renames;
+        if seen.hint.from != seen.hint.to {
+            seen.at = self.renames;
             self.hints += 1;
-            self.group(to.0).hints.push((at, hint));
+            self.group(to.0).hints.push(seen);
         }
     }
 
@@ -535,7 +558,7 @@ impl DirtySets {
 
     /// Takes what the groups have captured, with their renames in order; they begin anew with what is dirty.
     pub fn commit(&mut self, names: &BTreeSet<Group>) -> (BTreeMap<RelPath, Seen>, Vec<Hint>, Option<Instant>) {
-        let (mut seen, mut hints, mut since) = (BTreeMap::new(), vec![], None::<Instant>);
+        let (mut seen, mut hints, mut since) = (BTreeMap::new(), Vec::<Renamed>::new(), None::<Instant>);
         for name in names {
             let Some(state) = self.groups.get_mut(name) else { continue };
             seen.append(&mut state.captured);
@@ -548,12 +571,12 @@ impl DirtySets {
             state.since = state.dirty.values().map(|m| m.since).min();
         }
         // Renames of different groups build on each other: in the order they were seen.
-        hints.sort_by_key(|(at, _)| *at);
+        hints.sort_by_key(|seen| seen.at);
         // The committed renames are in the rows now: what is left starts from there.
         self.origins.clear();
-        let mut left: Vec<(u64, Hint)> = self.groups.values().flat_map(|g| g.hints.iter().cloned()).collect();
-        left.sort_by_key(|(at, _)| *at);
-        for (_, hint) in left {
+        let mut left: Vec<Renamed> = self.groups.values().flat_map(|g| g.hints.iter().cloned()).collect();
+        left.sort_by_key(|seen| seen.at);
+        for Renamed { hint, .. } in left {
             self.move_origins(&hint.from, &hint.to);
         }
         // A rename seen after the boundary is not in this cut: its groups are still to be cut together.
@@ -563,7 +586,7 @@ impl DirtySets {
                 self.groups.remove(name);
             }
         }
-        (seen, hints.into_iter().map(|(_, hint)| hint).collect(), since)
+        (seen, hints.into_iter().map(|seen| seen.hint).collect(), since)
     }
 
     /// Forgets everything (it will be found again by comparing). Rounds and holds go on.
@@ -576,7 +599,7 @@ impl DirtySets {
     pub fn distrust(&mut self) -> Vec<RelPath> {
         self.origins.clear();
         self.hints = 0;
-        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|(_, hint)| hint.to).collect()
+        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|seen| seen.hint.to).collect()
     }
 }
 
@@ -711,6 +734,22 @@ mod tests {
         step(&mut sets, "a/m", "a/n");
         step(&mut sets, "b/y", "b/z");
         assert_eq!(sets.hint_count(), 3, "something else came between");
+    }
+
+    #[test]
+    fn a_thing_that_wanders_on_after_the_boundary_keeps_its_first_group_joined_to_its_last() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.mark(b"a", &p("a/other"), true, false, false, now);
+        sets.start_round();
+        sets.freeze(b"a");
+        sets.take(b"a", &p("a/other"));
+        sets.captured(b"a", p("a/other"), Seen::Absent);
+        sets.renamed((b"a", &p("a/x")), (b"b", &p("b/x")), false, now);
+        sets.renamed((b"b", &p("b/x")), (b"c", &p("c/x")), false, now);
+        let unit = sets.closure(b"a");
+        assert_eq!(unit.len(), 3);
+        sets.commit(&unit);
+        assert!(sets.closure(b"a").contains(&b"c"[..]), "else the removal of a/x is committed without c/x");
     }
 
     #[test]

@@ -663,9 +663,17 @@ impl Engine {
         Ok(())
     }
 
+    /// What was seen below a directory was seen below another one: a comparison need not find it different from the rows, and they move with the one that comes.
+    fn void_below(&mut self, dir: &RelPath) {
+        for path in self.sets.observed_below(dir) {
+            self.mark(&path, false, true, false);
+        }
+    }
+
     fn appeared(&mut self, path: &RelPath, is_dir: bool) {
         self.mark(path, true, false, false);
         if is_dir {
+            self.void_below(path);
             self.scan.push(path.clone());
         }
     }
@@ -689,6 +697,9 @@ impl Engine {
                 if other != *group {
                     self.sets.withdraw(&other, path);
                 }
+            }
+            if from.is_dir {
+                self.void_below(to);
             }
             self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now());
             for (path, _) in self.larges.extract_if(|path, _| path.is_within(&from.path)).collect::<Vec<_>>() {
@@ -719,6 +730,9 @@ impl Engine {
         }
         if !half.excluded {
             self.mark(&half.path, false, false, false);
+            if half.is_dir {
+                self.void_below(&half.path);
+            }
         }
     }
 

@@ -509,6 +509,34 @@ fn a_folder_renamed_during_the_first_sync_keeps_what_is_in_it() {
 }
 
 #[test]
+fn what_was_seen_below_a_folder_is_void_when_another_takes_its_place() {
+    for from_outside in [false, true] {
+        let mut rig = started(&["u/place", "u/gone"]);
+        let place = rig.root.join("u/place");
+        let other = if from_outside { rig.dir.path().join("other") } else { rig.root.join("u/other") };
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("mail"), b"kept").unwrap();
+        fs::write(place.join("mail"), b"moved").unwrap();
+        rig.settle();
+        rig.stage = false;
+        fs::write(rig.root.join("u/big"), big()).unwrap(); // The group waits for it: what is seen is not committed.
+        fs::rename(&place, rig.root.join("u/gone/first")).unwrap();
+        fs::create_dir(&place).unwrap();
+        rig.until("the message is seen to be absent", |r| r.engine.sets.seen(b"u", &p("u/place/mail")) == Pending::Seen(None));
+        if from_outside {
+            fs::write(place.join("new"), b"moved").unwrap();
+            rig.until("it is seen", |r| matches!(r.engine.sets.seen(b"u", &p("u/place/new")), Pending::Seen(Some(_))));
+            fs::rename(&place, rig.root.join("u/gone/second")).unwrap();
+        }
+        fs::rename(other, place).unwrap();
+        (0..5).for_each(|_| rig.turn());
+        rig.stage = true;
+        rig.settle();
+        rig.check();
+    }
+}
+
+#[test]
 fn a_change_made_by_several_writes_arrives_when_its_writer_closes() {
     let mut rig = started(&["u"]);
     let path = rig.root.join("u/db");
