@@ -248,6 +248,11 @@ pub enum ToPrimary {
         /// Its name.
         hash: ContentHash,
     },
+    /// A bulk object could not be put together: a content it copies from is not here any more, or not yet. Nobody waits for it: read the file again and send every byte.
+    Incomplete {
+        /// The name it was announced with.
+        hash: ContentHash,
+    },
 }
 
 /// First frame on a unidirectional stream opened by the primary.

@@ -169,6 +169,13 @@ pub(super) struct Awaiting {
     pub(super) large: Option<(Large, Option<ContentHash>)>,
 }
 
+/// A content the standby asked for: answered when it was read here and has arrived there, in whatever order we hear of it.
+pub(super) struct Miss {
+    pub(super) hash: ContentHash,
+    pub(super) read: bool,
+    pub(super) arrived: bool,
+}
+
 pub(super) struct Engine {
     pub(super) config: CaptureConfig,
     pub(super) root: Arc<Root>,
@@ -197,8 +204,10 @@ pub(super) struct Engine {
     pub(super) awaiting: HashMap<ContentHash, Vec<Awaiting>>,
     /// Contents the standby has staged before the bulk thread reported them; at most one for each job under way.
     pub(super) staged_early: BTreeSet<ContentHash>,
-    /// Bulk jobs that answer a miss: job ▶ content asked for.
-    pub(super) misses: HashMap<u64, ContentHash>,
+    /// The same of those it could not put together.
+    pub(super) incomplete_early: BTreeSet<ContentHash>,
+    /// Bulk jobs that answer a miss.
+    pub(super) misses: HashMap<u64, Miss>,
     pub(super) waiters: Vec<Waiter>,
     pub(super) pulse: Arc<Pulse>,
     /// When something was last shipped.
@@ -304,6 +313,7 @@ impl Engine {
             job_id: 0,
             awaiting: HashMap::new(),
             staged_early: BTreeSet::new(),
+            incomplete_early: BTreeSet::new(),
             misses: HashMap::new(),
             waiters: vec![],
             pulse: handle.pulse.clone(),

@@ -370,6 +370,47 @@ fn a_bulk_result_of_the_session_before_does_not_swallow_the_standbys_word() {
 }
 
 #[test]
+fn what_an_older_read_of_a_file_says_does_not_take_away_the_newer_one() {
+    let mut rig = started(&["u"]);
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap();
+    rig.until("read", |r| !r.engine.awaiting.is_empty());
+    let old = rig.engine.job_id;
+    fs::OpenOptions::new().append(true).open(rig.root.join("u/big")).unwrap().write_all(b"one more message").unwrap();
+    rig.until("read again", |r| r.engine.job_id > old);
+    rig.engine.command(Command::Bulk(Box::new(BulkResult { id: old, path: p("u/big"), outcome: Outcome::Unstable }))).unwrap();
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_file_the_standby_cannot_put_together_is_sent_whole() {
+    for early in [false, true] {
+        let mut rig = started(&["u"]);
+        fs::write(rig.root.join("u/big"), big()).unwrap();
+        rig.settle();
+        rig.stage = false;
+        // Another inode: copied from the first where they are equal.
+        fs::write(rig.root.join("u/other"), [&big()[..], b"and an end"].concat()).unwrap();
+        rig.ended.clear();
+        if early {
+            rig.until("sent", |r| !r.ended.is_empty());
+        } else {
+            rig.until("read", |r| !r.engine.awaiting.is_empty());
+            rig.until("sent", |r| !r.ended.is_empty());
+        }
+        let (id, hash) = (rig.engine.job_id, rig.ended.pop().unwrap());
+        rig.engine.command(Command::Incomplete(hash)).unwrap();
+        rig.until("read again", |r| r.engine.job_id > id);
+        rig.stage = true;
+        rig.settle();
+        rig.check();
+        assert_eq!(rig.session, 1);
+    }
+}
+
+#[test]
 fn who_waits_for_a_sync_does_not_take_a_lost_txn_for_arrived() {
     let mut rig = started(&["u"]);
     rig.unacked = 9;

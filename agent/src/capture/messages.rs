@@ -86,6 +86,8 @@ pub enum Command {
     Staged(ContentHash),
     /// From the standby.
     Miss(ContentHash),
+    /// The standby could not put a bulk object together.
+    Incomplete(ContentHash),
     /// A heartbeat came back.
     Heard,
     /// From the bulk thread.

@@ -16,7 +16,7 @@ use twinbox_resync::plan::Seen;
 use twinbox_resync::rows::{Row, Rows};
 
 use super::bulk::{BulkResult, Job, Outcome};
-use super::engine::{Awaiting, CaptureError, Engine};
+use super::engine::{Awaiting, CaptureError, Engine, Miss};
 use super::messages::{BulkMessage, Command, Step, ToLink};
 use super::pulse::CANARY_EVERY;
 
@@ -90,6 +90,7 @@ impl Engine {
             }
             Command::Staged(hash) => self.staged(hash),
             Command::Miss(hash) => self.miss(hash)?,
+            Command::Incomplete(hash) => self.incomplete(hash),
             Command::Bulk(result) => self.bulk_done(*result),
             Command::Mapped(paths) => self.mapped(paths)?,
             Command::Sync(reply) => self.wait_for_sync(reply),
@@ -295,6 +296,7 @@ impl Engine {
         self.restart_waiters();
         self.awaiting.clear();
         self.staged_early.clear();
+        self.incomplete_early.clear();
         self.misses.clear();
         self.larges.clear();
         // Observations may rest on contents the standby turns out not to have.
@@ -315,8 +317,47 @@ impl Engine {
         }
     }
 
+    /// The object an observation waits for has to be sent whole.
+    fn incomplete(&mut self, hash: ContentHash) {
+        self.heard();
+        match self.awaiting.remove(&hash) {
+            Some(all) => all.into_iter().for_each(|awaiting| self.send_whole(awaiting.id, awaiting.path)),
+            None => {
+                self.incomplete_early.insert(hash);
+            }
+        }
+    }
+
+    /// Reads the file of the job `id` again, for every byte, unless an event came for it.
+    fn send_whole(&mut self, id: u64, path: RelPath) {
+        let group = self.group_of_marked(&path);
+        let (Some(session), Some(job)) = (&self.session, self.sets.group(&group).staging.get_mut(&path).filter(|job| **job == id)) else {
+            return;
+        };
+        self.job_id += 1;
+        *job = self.job_id;
+        let _ = self.jobs.send(Job {
+            id: self.job_id,
+            out: session.bulk.clone(),
+            mapped: self.mapped.contains(&path),
+            path,
+            base: None,
+            in_place: false,
+            whole: true,
+            known: self.recent.clone(),
+        }); // Ended only when this thread ends.
+    }
+
     fn staged(&mut self, hash: ContentHash) {
         self.heard();
+        let mut asked = false;
+        for miss in self.misses.values_mut().filter(|miss| miss.hash == hash) {
+            (asked, miss.arrived) = (true, true);
+        }
+        self.misses.retain(|_, miss| !(miss.read && miss.arrived));
+        if asked && !self.awaiting.contains_key(&hash) {
+            return; // An answer to the standby: nobody here waits for it.
+        }
         match self.awaiting.remove(&hash) {
             Some(all) => {
                 for Awaiting { id, path, seen, large } in all {
@@ -351,13 +392,16 @@ impl Engine {
         if self.session.as_ref().is_none_or(|session| id <= session.old_jobs) {
             return;
         }
-        if let Some(wanted) = self.misses.remove(&id) {
+        if let Some(mut miss) = self.misses.remove(&id) {
             let sent = match &outcome {
-                Outcome::Read { seen: Seen::Present(found), staged: true, .. } => found.entry.hash() == Some(wanted),
+                Outcome::Read { seen: Seen::Present(found), staged: true, .. } => found.entry.hash() == Some(miss.hash),
                 _ => false,
             };
             if let (false, Some(session)) = (sent, &self.session) {
-                let _ = session.out.send(ToLink::Gone(wanted));
+                let _ = session.out.send(ToLink::Gone(miss.hash));
+            } else if !miss.arrived {
+                miss.read = true;
+                self.misses.insert(id, miss);
             }
             return;
         }
@@ -368,6 +412,8 @@ impl Engine {
                 let Some(hash) = hash.filter(|_| self.session.is_some()) else { return };
                 if self.staged_early.remove(&hash) {
                     self.read_ahead(id, path, seen, large);
+                } else if self.incomplete_early.remove(&hash) {
+                    self.send_whole(id, path);
                 } else {
                     self.awaiting.entry(hash).or_default().push(Awaiting { id, path, seen, large });
                 }
@@ -378,7 +424,8 @@ impl Engine {
             }
             Outcome::Unstable | Outcome::Cut => {
                 let group = self.group_of_marked(&path);
-                if self.sets.group(&group).staging.remove(&path).is_some_and(|job| job == id) {
+                // Of the path's newest job only: what an older one says is old, and the newer one is still waited for.
+                if self.sets.group(&group).staging.get(&path) == Some(&id) {
                     self.mark(&path, true, false, false);
                 }
             }
@@ -414,7 +461,7 @@ impl Engine {
                     known: self.recent.clone(),
                 };
                 let _ = self.jobs.send(job); // Ended only when this thread ends.
-                self.misses.insert(self.job_id, hash);
+                self.misses.insert(self.job_id, Miss { hash, read: false, arrived: false });
             }
             None => {
                 let _ = session.out.send(ToLink::Gone(hash));

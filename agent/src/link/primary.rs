@@ -284,6 +284,7 @@ fn heard(message: ToPrimary, capture: &CaptureHandle, shared: &Mutex<PeerLink>) 
         }
         ToPrimary::Staged { hash } => capture.send(Command::Staged(hash)),
         ToPrimary::Miss { hash } => capture.send(Command::Miss(hash)),
+        ToPrimary::Incomplete { hash } => capture.send(Command::Incomplete(hash)),
         ToPrimary::Heartbeat { wall_ns: theirs, .. } => {
             note(&|link| link.skew_ms = Some(skew_ms(theirs)));
             capture.send(Command::Heard)

@@ -116,9 +116,12 @@ fn write(
         BulkItem::End { hash, size } => {
             let copied = writing.incomplete || writing.part.copied();
             match if writing.incomplete { Finished::Wrong } else { writing.part.finish(hash, size, session.id).map_err(failed)? } {
-                Finished::Staged => session.send(ToPrimary::Staged { hash }),
+                Finished::Staged => {
+                    session.note_here(hash);
+                    session.send(ToPrimary::Staged { hash });
+                }
                 // A source that was not there or changed meanwhile: the bytes themselves are needed.
-                Finished::Wrong if copied => session.miss(hash),
+                Finished::Wrong if copied => session.send(ToPrimary::Incomplete { hash }),
                 Finished::Wrong => return Err(StandbyError::Damaged { hash, place: "a bulk object".into() }),
             }
             return Ok(None);

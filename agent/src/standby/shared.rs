@@ -101,11 +101,16 @@ impl SessionShared {
         let _ = self.out.send(message);
     }
 
-    /// Asks for a content, once.
+    /// Asks for a content, unless that was done and it has not come yet.
     pub(super) fn miss(&self, hash: ContentHash) {
         if lock(&self.missed).insert(hash) {
             self.send(ToPrimary::Miss { hash });
         }
+    }
+
+    /// It came: the next time it is not found it is asked for again.
+    pub(super) fn note_here(&self, hash: ContentHash) {
+        lock(&self.missed).remove(&hash);
     }
 
     pub(super) fn note_gone(&self, hash: ContentHash) {
