@@ -110,6 +110,7 @@ impl Layout {
         rules.scratch_dirs.contains(&parent)
             || rules.prefixes.iter().any(|prefix| name.starts_with(prefix))
             || rules.suffixes.iter().any(|suffix| name.ends_with(suffix))
+            || rules.suffixes.contains(&b".lock".as_slice()) && is_new_lock(name)
             || rules.affixes.iter().any(|(start, end)| name.strip_prefix(*start).is_some_and(|rest| rest.ends_with(end)))
     }
 
@@ -121,6 +122,12 @@ impl Layout {
             Layout::Plain => &PLAIN,
         }
     }
+}
+
+/// A lock as Dovecot makes it before it gets its name: `mailboxes.lock6fcf2e675c908448`.
+fn is_new_lock(name: &[u8]) -> bool {
+    let hex = |b: &u8| b.is_ascii_digit() || (b'a'..=b'f').contains(b);
+    name.len().checked_sub(16).is_some_and(|at| name[..at].ends_with(b".lock") && name[at..].iter().all(hex))
 }
 
 impl fmt::Display for Layout {

@@ -38,6 +38,7 @@ fn scratch_is_not_mirrored() {
         (mail, "alice/mail/dovecot.index.cache.tmp"),
         (mail, "alice/mail/.temp.1700000000.P1Q2M3.host"),
         (mail, "alice/mail/subscriptions.lock"),
+        (mail, "alice/mail/mailboxes.lock6fcf2e675c908448"),
         (mail, "alice/mail/INBOX.lock"),
         (&Layout::ALL, "alice/fts.sqlite-shm"),
         (&Layout::ALL, ".twinbox-cookie"),
@@ -73,6 +74,8 @@ fn lookalikes_are_mirrored() {
         // The text somewhere in a name is not the name's ending.
         (&Layout::ALL, "alice/Maildir/maildirsize", false),
         (&Layout::ALL, "alice/x.lock.txt", false),
+        (&Layout::ALL, "alice/x.lock6fcf2e675c90844", false),
+        (&Layout::ALL, "alice/x.lock6FCF2E675C908448", false),
         (&Layout::ALL, "alice/clock", false),
         (&Layout::ALL, "alice/wiki-shm.html", false),
         (&Layout::ALL, "alice/notes.temp.txt", false),

@@ -16,8 +16,17 @@ fn option(name: &str, default: usize) -> usize {
 fn main() {
     let (time, kills) = (Duration::from_secs(option("--seconds", 600) as u64), option("--kills", 100));
     if std::env::args().any(|w| w == "--mail") {
-        for layout in [Layout::Maildir, Layout::Mdbox] {
-            println!("{}: messages shown after each kill: {:?}", layout.name(), besieged::mail(layout, time / 2, kills / 2));
+        let only = std::env::args().skip_while(|w| w != "--layout").nth(1);
+        let layouts =
+            [Layout::Maildir, Layout::Mdbox].into_iter().filter(|layout| only.as_deref().is_none_or(|name| name == layout.name()));
+        let layouts: Vec<Layout> = layouts.collect();
+        let share = layouts.len().max(1) as u32;
+        for layout in layouts {
+            println!(
+                "{}: messages shown after each kill: {:?}",
+                layout.name(),
+                besieged::mail(layout, time / share, kills / share as usize)
+            );
         }
         return;
     }
