@@ -166,6 +166,11 @@ pub enum ToStandby {
         /// Its name.
         hash: ContentHash,
     },
+    /// No txn will name this staged object: its file changed before it was committed.
+    Unstage {
+        /// Its name.
+        hash: ContentHash,
+    },
 }
 
 /// From the standby.

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use serde_bytes::ByteBuf;
-use twinbox_protocol::entry::Entry;
+use twinbox_protocol::entry::{Entry, Kind};
 use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::ops::{Attrs, Content, Op, Seg};
 use twinbox_protocol::path::RelPath;
@@ -43,6 +43,8 @@ pub enum Body {
         base: ContentHash,
         /// `(offset, bytes)`.
         writes: Vec<(u64, ByteBuf)>,
+        /// Size of `base` when it may not be in the row yet: the standby has it staged.
+        ahead: Option<u64>,
     },
 }
 
@@ -380,9 +382,15 @@ impl Planner<'_> {
         let (path, entry) = (path.clone(), found.entry.clone());
         let known = |view: &View| Ok::<_, PlanError>(entry.size() >= REF_MIN && view.has_content(hash)?);
         let content = match &found.body {
-            Body::Patch { base, writes } => {
-                if found.nlink > 1 || row.and_then(|row| row.entry.hash()) != Some(*base) {
+            Body::Patch { base, writes, ahead } => {
+                let there = row.and_then(|row| row.entry.hash()) == Some(*base);
+                let (true, Some(size)) = (found.nlink == 1, ahead.or(there.then_some(0))) else {
                     return Err(PlanError::Rescan { path, why: "its earlier content is not the one compared with".into() });
+                };
+                if !there {
+                    let staged = Entry { kind: Kind::File { size, hash: *base }, ..entry.clone() };
+                    self.emit(Op::Put { path: path.clone(), entry: staged, content: Content::Staged })?;
+                    self.view.set_local(&path, Some(found.local))?;
                 }
                 return self.emit(Op::Patch { path, entry, base: *base, writes: writes.clone() });
             }

@@ -35,9 +35,13 @@ pub struct Job {
     pub out: mpsc::Sender<BulkMessage>,
     /// File.
     pub path: RelPath,
-    /// Remembered content of the path.
+    /// Remembered content to compare with: the row's, or one that the standby has staged for this path.
     pub base: Option<(ContentHash, Large)>,
-    /// The file still has the inode of that content and one name: pages may be compared.
+    /// In the latter case, its size.
+    pub ahead: Option<u64>,
+    /// Content of the row, when it is remembered.
+    pub replaces: Option<ContentHash>,
+    /// The file still has the inode of `base` and one name: pages may be compared.
     pub in_place: bool,
     /// Some process has it mapped for writing.
     pub mapped: bool,
@@ -145,7 +149,7 @@ fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
     };
     let len = before.st_size as u64;
     let patch = match &job.base {
-        Some((hash, large)) if job.in_place && !job.whole => patch(&file, len, *hash, large)?,
+        Some((hash, large)) if job.in_place && !job.whole => patch(&file, len, (*hash, job.ahead), large)?,
         _ => None,
     };
     let holes = if patch.is_none() { look::extents(&file, len)? } else { None };
@@ -165,8 +169,7 @@ fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
     }
     let Some(entry) = tree::entry(&before, xattrs, Some(hash), None) else { return Err(Failure::Unstable) };
     let found = Found { entry, local: tree::local(&before), nlink: before.st_nlink, body };
-    let replaces = job.base.as_ref().map(|(hash, _)| *hash);
-    Ok(Outcome::Read { seen: Seen::Present(Box::new(found)), large: large.map(|l| (l, replaces)), staged })
+    Ok(Outcome::Read { seen: Seen::Present(Box::new(found)), large: large.map(|l| (l, job.replaces)), staged })
 }
 
 fn send(job: &Job, item: BulkItem) -> Result<(), Failure> {
@@ -189,7 +192,7 @@ fn pread(file: &impl AsFd, buffer: &mut [u8], at: u64) -> Result<(), Failure> {
 type Read = (ContentHash, Body, Option<Large>);
 
 /// Compares page by page; `None` when too much changed for a patch.
-fn patch(file: &impl AsFd, len: u64, base: ContentHash, old: &Large) -> Result<Option<Read>, Failure> {
+fn patch(file: &impl AsFd, len: u64, (base, ahead): (ContentHash, Option<u64>), old: &Large) -> Result<Option<Read>, Failure> {
     let (mut values, mut ranges, mut shipped) = (Vec::with_capacity((len / PAGE as u64) as usize + 1), Vec::<(u64, u64)>::new(), 0u64);
     let mut buffer = vec![0; PIECE];
     let mut at = 0;
@@ -228,7 +231,7 @@ fn patch(file: &impl AsFd, len: u64, base: ContentHash, old: &Large) -> Result<O
         })?),
         None => None,
     };
-    Ok(Some((tree.root(), Body::Patch { base, writes }, Some(Large { tree, chunks }))))
+    Ok(Some((tree.root(), Body::Patch { base, writes, ahead }, Some(Large { tree, chunks }))))
 }
 
 /// Sends the content ahead.

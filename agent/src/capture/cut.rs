@@ -330,18 +330,33 @@ impl Engine {
         let Some(session) = &self.session else { return Ok(()) };
         self.job_id += 1;
         let id = self.job_id;
-        let old = row.and_then(|row| row.entry.hash());
-        let base = match old {
+        let mut base = match row.and_then(|row| row.entry.hash()) {
             Some(hash) => self.view.large(hash)?.map(|large| (hash, large)),
             None => None,
         };
-        let in_place = match (row.and_then(|row| row.local), self.root.stat(&path)) {
-            (Some(local), Ok(Some(stat))) => stat.st_ino == local.ino && stat.st_nlink == 1,
-            _ => false,
-        };
+        let replaces = base.as_ref().map(|(hash, _)| *hash);
+        let mut ino = row.and_then(|row| row.local).map(|local| local.ino);
+        let here = self.root.stat(&path).ok().flatten().filter(|stat| stat.st_nlink == 1).map(|stat| stat.st_ino);
+        let mut ahead = None;
+        if let Some(staged) = self.ahead.get(&path).filter(|staged| Some(staged.ino) == here)
+            && let Some(large) = &staged.large
+        {
+            (base, ahead, ino) = (Some((staged.hash, large.clone())), Some(staged.size), here);
+        }
+        let in_place = here.is_some() && here == ino;
         let mapped = self.mapped.contains(&path);
-        let job =
-            Job { id, out: session.bulk.clone(), path: path.clone(), base, in_place, mapped, whole: false, known: self.recent.clone() };
+        let job = Job {
+            id,
+            out: session.bulk.clone(),
+            path: path.clone(),
+            base,
+            ahead,
+            replaces,
+            in_place,
+            mapped,
+            whole: false,
+            known: self.recent.clone(),
+        };
         self.sets.group(name).staging.insert(path, id);
         let _ = self.jobs.send(job); // Ended only when this thread ends.
         Ok(())
@@ -380,6 +395,7 @@ impl Engine {
         };
         let mut flags = flags | if self.complete { 0 } else { FLAG_INITIAL };
         for (path, seen) in &mut seen {
+            self.drop_ahead(path, seen);
             match seen {
                 Seen::Skip => flags |= FLAG_PARTIAL,
                 Seen::Present(found) => {

@@ -169,6 +169,15 @@ pub(super) struct Awaiting {
     pub(super) large: Option<(Large, Option<ContentHash>)>,
 }
 
+/// A content the standby has staged for a path and that is not committed. When its file changes, what changed is compared with it, and both are committed together: so a file that grows all
+/// the time is sent once, and not anew each time it grew before it was staged.
+pub(super) struct Ahead {
+    pub(super) hash: ContentHash,
+    pub(super) size: u64,
+    pub(super) ino: u64,
+    pub(super) large: Option<Large>,
+}
+
 /// A content the standby asked for: answered when it was read here and has arrived there, in whatever order we hear of it.
 pub(super) struct Miss {
     pub(super) hash: ContentHash,
@@ -206,6 +215,7 @@ pub(super) struct Engine {
     pub(super) staged_early: BTreeSet<ContentHash>,
     /// The same of those it could not put together.
     pub(super) incomplete_early: BTreeSet<ContentHash>,
+    pub(super) ahead: BTreeMap<RelPath, Ahead>,
     /// Bulk jobs that answer a miss.
     pub(super) misses: HashMap<u64, Miss>,
     pub(super) waiters: Vec<Waiter>,
@@ -314,6 +324,7 @@ impl Engine {
             awaiting: HashMap::new(),
             staged_early: BTreeSet::new(),
             incomplete_early: BTreeSet::new(),
+            ahead: BTreeMap::new(),
             misses: HashMap::new(),
             waiters: vec![],
             pulse: handle.pulse.clone(),

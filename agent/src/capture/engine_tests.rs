@@ -39,8 +39,10 @@ pub(super) struct Rig {
     objects: BTreeSet<u64>,
     /// Inodes the standby made.
     inodes: u64,
-    /// What the standby is told that the primary has stored.
+    /// What the standby is told that the primary has stored,
     pub(super) stored: Lsn,
+    /// and that it needs no more.
+    unstaged: Vec<ContentHash>,
 }
 
 pub(super) fn p(text: &str) -> RelPath {
@@ -103,6 +105,7 @@ impl Rig {
             objects: BTreeSet::new(),
             inodes: 0,
             stored: Lsn::ZERO,
+            unstaged: vec![],
         }
     }
 
@@ -167,6 +170,9 @@ impl Rig {
         while let Some(Ok(message)) = self.out.as_mut().map(mpsc::UnboundedReceiver::try_recv) {
             if let ToLink::Stored(lsn) = message {
                 self.stored = lsn;
+            }
+            if let ToLink::Unstage(hash) = message {
+                self.unstaged.push(hash);
             }
             let ToLink::Txn(frames) = message else { continue };
             for body in frames {
@@ -382,6 +388,35 @@ fn what_an_older_read_of_a_file_says_does_not_take_away_the_newer_one() {
     rig.stage = true;
     rig.settle();
     rig.check();
+}
+
+#[test]
+fn a_file_that_grew_while_it_was_staged_is_sent_once() {
+    let mut rig = started(&["u"]);
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap();
+    rig.until("read and sent", |r| !r.engine.awaiting.is_empty() && !r.ended.is_empty());
+    let path = rig.root.join("u/big");
+    let append = |text: &[u8]| fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(text).unwrap();
+    append(b"one more message");
+    rig.engine.boundary().unwrap();
+    rig.engine.command(Command::Staged(rig.ended.pop().unwrap())).unwrap();
+    rig.settle(); // Nothing more is staged.
+    rig.check();
+    append(b"and another");
+    rig.settle();
+    rig.check();
+    assert!(rig.ended.is_empty() && rig.engine.ahead.is_empty());
+    assert!(rig.unstaged.is_empty(), "a txn named it");
+    // What was staged for a file that is gone is let go.
+    fs::write(rig.root.join("u/other"), big().split_off(5)).unwrap();
+    rig.until("read and sent", |r| !r.engine.awaiting.is_empty() && !r.ended.is_empty());
+    fs::remove_file(rig.root.join("u/other")).unwrap();
+    rig.engine.boundary().unwrap();
+    let hash = rig.ended.pop().unwrap();
+    rig.engine.command(Command::Staged(hash)).unwrap();
+    rig.settle();
+    assert_eq!(rig.unstaged, [hash]);
 }
 
 #[test]

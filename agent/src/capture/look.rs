@@ -198,7 +198,7 @@ fn try_look(
         let shipped: u64 = ranges.iter().map(|(from, to)| to - from).sum();
         if shipped <= (bytes.len() as u64 / 2).max(PAGE as u64) {
             let writes = ranges.iter().map(|(from, to)| (*from, ByteBuf::from(&bytes[*from as usize..*to as usize]))).collect();
-            let body = Body::Patch { base: *old_hash, writes };
+            let body = Body::Patch { base: *old_hash, writes, ahead: None };
             let large = Large { tree: new.clone(), chunks: None };
             return Ok(Look::Seen(found(xattrs, hash, body), Some((large, Some(*old_hash)))));
         }

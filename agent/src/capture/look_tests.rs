@@ -95,7 +95,7 @@ fn patch_bytes(old: &[u8], change: impl Fn(&mut File)) -> usize {
     change(&mut OpenOptions::new().write(true).open(&path).unwrap());
     let row = row(&first);
     let (second, _) = found(look(&place.root, &p("f"), &ask(Some(&row)), |_| Some(large.clone()), &NoChunks).0);
-    let Body::Patch { base, writes } = second.body else { panic!("{:?}", second.body) };
+    let Body::Patch { base, writes, .. } = second.body else { panic!("{:?}", second.body) };
     assert_eq!(base, ContentHash::of(old));
     let mut rebuilt = old.to_vec();
     rebuilt.resize(second.entry.size() as usize, 0);

@@ -41,6 +41,8 @@ pub enum ToLink {
     Txn(Vec<Vec<u8>>),
     /// The content asked for is gone.
     Gone(ContentHash),
+    /// A staged object no txn will name.
+    Unstage(ContentHash),
     /// Everything up to here is in the primary's own manifest.
     Stored(Lsn),
 }

@@ -12,11 +12,12 @@ use twinbox_protocol::hello::{Refusal, Verdict, compare};
 use twinbox_protocol::ids::{ChainHash, ContentHash, Generation, Lsn};
 use twinbox_protocol::msg::{Hello, Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
-use twinbox_resync::plan::Seen;
+use twinbox_resync::manifest::Large;
+use twinbox_resync::plan::{Body, Seen};
 use twinbox_resync::rows::{Row, Rows};
 
 use super::bulk::{BulkResult, Job, Outcome};
-use super::engine::{Awaiting, CaptureError, Engine, Miss};
+use super::engine::{Ahead, Awaiting, CaptureError, Engine, Miss};
 use super::messages::{BulkMessage, Command, Step, ToLink};
 use super::pulse::CANARY_EVERY;
 
@@ -298,6 +299,7 @@ impl Engine {
         self.staged_early.clear();
         self.incomplete_early.clear();
         self.misses.clear();
+        self.ahead.clear();
         self.larges.clear();
         // Observations may rest on contents the standby turns out not to have.
         let mut again = vec![];
@@ -342,6 +344,8 @@ impl Engine {
             mapped: self.mapped.contains(&path),
             path,
             base: None,
+            ahead: None,
+            replaces: None,
             in_place: false,
             whole: true,
             known: self.recent.clone(),
@@ -372,7 +376,8 @@ impl Engine {
     }
 
     /// An observation made by the bulk thread counts, unless an event came for its path.
-    fn read_ahead(&mut self, id: u64, path: RelPath, seen: Seen, large: Option<(twinbox_resync::manifest::Large, Option<ContentHash>)>) {
+    fn read_ahead(&mut self, id: u64, path: RelPath, seen: Seen, large: Option<(Large, Option<ContentHash>)>) {
+        self.note_ahead(&path, &seen, large.as_ref().map(|(large, _)| large));
         let group = self.group_of_marked(&path);
         if self.sets.group(&group).staging.get(&path) != Some(&id) {
             return;
@@ -384,6 +389,37 @@ impl Engine {
         };
         self.unreadable.remove(&path);
         self.sets.captured(&group, path, seen);
+    }
+
+    fn note_ahead(&mut self, path: &RelPath, seen: &Seen, large: Option<&Large>) {
+        let Seen::Present(found) = seen else { return };
+        let (Body::Staged, Some(hash)) = (&found.body, found.entry.hash()) else { return };
+        let ahead = Ahead { hash, size: found.entry.size(), ino: found.local.ino, large: large.cloned() };
+        if let Some(old) = self.ahead.insert(path.clone(), ahead) {
+            self.unstage(old.hash);
+        }
+    }
+
+    /// What was staged for `path` has been committed as it was or changed since, or never will be.
+    pub(super) fn drop_ahead(&mut self, path: &RelPath, seen: &Seen) {
+        let Some(ahead) = self.ahead.remove(path) else { return };
+        let used = match seen {
+            Seen::Present(found) => match &found.body {
+                Body::Patch { base, .. } => *base == ahead.hash,
+                _ => found.entry.hash() == Some(ahead.hash),
+            },
+            _ => false,
+        };
+        if !used {
+            self.unstage(ahead.hash);
+        }
+    }
+
+    fn unstage(&mut self, hash: ContentHash) {
+        let wanted = self.awaiting.contains_key(&hash) || self.ahead.values().any(|ahead| ahead.hash == hash);
+        if let (false, Some(session)) = (wanted, &self.session) {
+            let _ = session.out.send(ToLink::Unstage(hash)); // A closed queue means the session is ending.
+        }
     }
 
     fn bulk_done(&mut self, result: BulkResult) {
@@ -455,6 +491,8 @@ impl Engine {
                     out: session.bulk.clone(),
                     path,
                     base: None,
+                    ahead: None,
+                    replaces: None,
                     in_place: false,
                     mapped: false,
                     whole: true,

@@ -225,6 +225,7 @@ async fn session(
                             let _ = to_log.send(frames); // Its reader ends only with the session.
                         }
                         ToLink::Gone(hash) => write_frame(&mut send, &ToStandby::Gone { hash }).await?,
+                        ToLink::Unstage(hash) => write_frame(&mut send, &ToStandby::Unstage { hash }).await?,
                         ToLink::Stored(lsn) => stored = lsn,
                     }
                 }

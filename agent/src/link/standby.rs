@@ -231,6 +231,11 @@ impl Server {
                             tracing::info!(mirror = %hello.mirror, peer, lsn = %from.lsn, "primary connected");
                             write_frame(&mut send, &ToPrimary::Begun).await?;
                         }
+                        ToStandby::Unstage { hash } => {
+                            if let Some(session) = &session {
+                                session.unstage(hash);
+                            }
+                        }
                         ToStandby::Gone { hash } => {
                             if let Some(session) = &session {
                                 session.gone(hash);

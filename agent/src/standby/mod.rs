@@ -224,6 +224,11 @@ impl Session {
         let _ = self.handle.events.send(Event::Gone { session: self.shared.id, hash });
     }
 
+    /// No txn will name this staged object.
+    pub fn unstage(&self, hash: ContentHash) {
+        self.handle.staging.release(hash, self.shared.id);
+    }
+
     /// The primary has stored everything up to `lsn`: tombstones up to there may go.
     pub fn stored(&self, lsn: Lsn) {
         let _ = self.handle.applier.send(Cmd::Stored(lsn));

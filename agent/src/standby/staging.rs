@@ -86,6 +86,13 @@ impl Staging {
         fs::metadata(self.path(hash)).map_or(0, |m| m.blocks() * 512)
     }
 
+    /// The session does not need an object: unless a txn named it, it goes at the next checkpoint.
+    pub(super) fn release(&self, hash: ContentHash, session: u64) {
+        if let Some(object) = lock(&self.objects).get_mut(&hash).filter(|object| object.session == session) {
+            object.session = u64::MAX;
+        }
+    }
+
     /// The txns after `lsn` were taken back.
     pub(super) fn unpin_after(&self, lsn: Lsn) {
         for object in lock(&self.objects).values_mut().filter(|o| o.pin > Some(lsn)) {

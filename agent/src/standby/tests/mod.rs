@@ -414,6 +414,11 @@ impl Rig {
         self.handle().shared.hold.store(true, Ordering::Relaxed);
     }
 
+    fn release(&self) {
+        self.handle().shared.hold.store(false, Ordering::Relaxed);
+        self.handle().applier.send(Cmd::Wake).unwrap();
+    }
+
     fn crash(&mut self) {
         self.session = None;
         self.standby.take().unwrap().crash();

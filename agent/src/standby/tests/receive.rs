@@ -193,6 +193,58 @@ async fn recipes_are_put_together_and_checked() {
     rig.same();
 }
 
+/// Puts a staged content and changes it in the same txn.
+fn staged_and_changed(rig: &mut Rig, path: &str, old: &[u8], secs: i64) -> Vec<Op> {
+    let (base, new) = (ContentHash::of(old), [&old[..4096], b"changed", &old[4103..], b"and longer"].concat());
+    rig.model.bytes.insert(base, old.to_vec());
+    let writes = vec![(4096, ByteBuf::from("changed")), (old.len() as u64, ByteBuf::from("and longer"))];
+    vec![
+        Op::Put { path: p(path), entry: file(old, secs), content: Content::Staged },
+        Op::Patch { path: p(path), entry: file(&new, secs), base, writes },
+    ]
+}
+
+#[tokio::test]
+async fn a_staged_content_may_be_changed_in_the_txn_that_names_it() {
+    let mut rig = Rig::new().await;
+    let (first, second) = (noise(1, 3_000_000), noise(2, 3_000_000));
+    stage(&mut rig, &first).await;
+    let ops = staged_and_changed(&mut rig, "m.1", &first, 1);
+    rig.check(ops).await;
+    // Over a file, and found in the log only.
+    rig.hold();
+    stage(&mut rig, &second).await;
+    let ops = staged_and_changed(&mut rig, "m.1", &second, 2);
+    let lsn = rig.send(ops).await;
+    rig.durable(lsn).await;
+    rig.crash();
+    rig.start().unwrap();
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn an_object_no_txn_will_name_goes_at_the_next_checkpoint() {
+    let mut rig = Rig::new().await;
+    let (named, kept, free) = (noise(1, 300_000), noise(2, 300_000), noise(3, 300_000));
+    for bytes in [&named, &kept, &free] {
+        stage(&mut rig, bytes).await;
+    }
+    rig.model.bytes.insert(ContentHash::of(&named), named.clone());
+    rig.hold();
+    let lsn = rig.send(vec![Op::Put { path: p("f"), entry: file(&named, 1), content: Content::Staged }]).await;
+    rig.durable(lsn).await;
+    for bytes in [&named, &free] {
+        rig.session.as_ref().unwrap().unstage(ContentHash::of(bytes));
+    }
+    rig.release();
+    rig.applied(lsn).await;
+    rig.same();
+    rig.checkpoint().await;
+    let left: Vec<String> =
+        fs::read_dir(rig.state().join("staging")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(left, [ContentHash::of(&kept).to_string()]);
+}
+
 #[tokio::test]
 async fn bulk_objects_keep_holes_and_are_checked() {
     let mut rig = Rig::new().await;
