@@ -124,6 +124,12 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<usize> {
             let _ = std::fs::remove_dir_all(&copy);
             let done = Command::new("cp").arg("-a").arg(&replica).arg(&copy).status().expect("cp");
             assert!(done.success());
+            if Scratch::is_kept() {
+                // As it was, for whoever looks into it.
+                let untouched = scratch.join("untouched");
+                let _ = std::fs::remove_dir_all(&untouched);
+                let _ = Command::new("cp").arg("-a").arg(&replica).arg(&untouched).status();
+            }
             cable.restore();
             let reader = Dovecot::start(&copy, layout);
             let dump = reader.dump(&users);

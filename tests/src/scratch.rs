@@ -12,6 +12,12 @@ use std::path::{Path, PathBuf};
 pub struct Scratch(Option<tempfile::TempDir>);
 
 impl Scratch {
+    /// Whether scratch directories are kept.
+    #[must_use]
+    pub fn is_kept() -> bool {
+        std::env::var("TWINBOX_TEST_KEEP").is_ok_and(|v| v == "1")
+    }
+
     /// A new scratch directory with `name` in its path.
     #[must_use]
     pub fn new(name: &str) -> Self {
@@ -51,7 +57,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if std::env::var("TWINBOX_TEST_KEEP").is_ok_and(|v| v == "1")
+        if Self::is_kept()
             && let Some(dir) = self.0.take()
         {
             eprintln!("kept {}", dir.keep().display());

@@ -73,6 +73,8 @@ pub enum Outcome {
         large: Option<(Large, Option<ContentHash>)>,
         /// Wait for the standby's word before using it.
         staged: bool,
+        /// The file changed meanwhile: good to compare with, not to be committed.
+        torn: bool,
     },
     /// It changed under our eyes.
     Unstable,
@@ -110,7 +112,9 @@ pub fn start(root: Arc<Root>, reply: CaptureHandle) -> Sender<Job> {
             let outcome = match run(&root, &job) {
                 Ok(outcome) => outcome,
                 Err(Failure::Unstable | Failure::Errno(Errno::LOOP | Errno::AGAIN)) => Outcome::Unstable,
-                Err(Failure::Errno(Errno::NOENT | Errno::NOTDIR)) => Outcome::Read { seen: Seen::Absent, large: None, staged: false },
+                Err(Failure::Errno(Errno::NOENT | Errno::NOTDIR)) => {
+                    Outcome::Read { seen: Seen::Absent, large: None, staged: false, torn: false }
+                }
                 Err(Failure::Errno(error)) => Outcome::Unreadable(error),
                 Err(Failure::Cut) => Outcome::Cut,
             };
@@ -160,16 +164,17 @@ fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
     let xattrs = tree::xattrs(file.as_fd(), false)?;
     let after = rfs::fstat(&file)?;
     let late = probe != Probe::Quiet && tree::local(&after).ctime >= started;
-    if !tree::same_stat(&before, &after) || late || (probe == Probe::Quiet && lease_probe(file.as_fd()) != Probe::Quiet) {
+    let torn = !tree::same_stat(&before, &after) || late || (probe == Probe::Quiet && lease_probe(file.as_fd()) != Probe::Quiet);
+    let staged = body == Body::Staged;
+    if torn && !(staged && large.is_some()) {
         return Err(Failure::Unstable);
     }
-    let staged = body == Body::Staged;
     if staged {
         send(job, BulkItem::End { hash, size: len })?;
     }
     let Some(entry) = tree::entry(&before, xattrs, Some(hash), None) else { return Err(Failure::Unstable) };
     let found = Found { entry, local: tree::local(&before), nlink: before.st_nlink, body };
-    Ok(Outcome::Read { seen: Seen::Present(Box::new(found)), large: large.map(|l| (l, job.replaces)), staged })
+    Ok(Outcome::Read { seen: Seen::Present(Box::new(found)), large: large.map(|l| (l, job.replaces)), staged, torn })
 }
 
 fn send(job: &Job, item: BulkItem) -> Result<(), Failure> {
@@ -264,9 +269,6 @@ fn stream(file: &impl AsFd, before: &rfs::Stat, job: &Job, extents: Option<&[(u6
             at += n as u64;
             for seg in segs.drain(..) {
                 send(job, BulkItem::Seg(seg))?;
-            }
-            if !tree::same_stat(before, &rfs::fstat(file)?) {
-                return Err(Failure::Unstable); // The rest would be sent in vain.
             }
         }
     }

@@ -14,7 +14,6 @@ use twinbox_protocol::path::RelPath;
 use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
 
-use super::bulk::Job;
 use super::dirty::{Group, Mark, Pending};
 use super::engine::{CaptureError, Engine};
 use super::look::{Known, Look, look};
@@ -33,6 +32,8 @@ const SETTLE_MAX: Duration = Duration::from_millis(40);
 /// A large file somebody is writing costs more to read in vain: the same, for it.
 const BULK_SETTLE: Duration = Duration::from_millis(50);
 const BULK_SETTLE_MAX: Duration = Duration::from_secs(5);
+/// A file that is being read ahead is looked at when that is over; this only says when nobody came to say so.
+const OPEN_WAIT: Duration = Duration::from_millis(250);
 /// Txns in flight at most.
 const FLIGHTS_MAX: usize = 4096;
 /// LSNs reserved at a time.
@@ -213,6 +214,10 @@ impl Engine {
             self.sets.captured(name, path, Seen::Absent);
             return Ok(0);
         }
+        if self.bulk.is_open(&path) {
+            self.sets.put_back(name, path, Mark { not_before: Some(now + OPEN_WAIT), ..mark }); // Woken when it is read.
+            return Ok(0);
+        }
         let row = self.view.row(&self.sets.origin(&path))?;
         let known = Known {
             row: row.as_ref(),
@@ -251,7 +256,8 @@ impl Engine {
                         && self.sets.group(name).bytes > GROUP_BYTES
                         && (self.complete || self.scan.is_done() || self.sets.group(name).frozen > 0)
                     {
-                        return self.send_ahead(name, path, row.as_ref()).map(|()| 0);
+                        let size = found.entry.size();
+                        return self.send_ahead(name, path, size).map(|()| 0);
                     }
                 }
                 match large {
@@ -267,7 +273,7 @@ impl Engine {
                 self.sets.put_back(name, path, Mark { content: true, not_before: Some(now + wait), ..mark });
                 Ok(0)
             }
-            Look::Bulk
+            Look::Bulk(_)
                 if writer == Some(true)
                     && now.duration_since(mark.last) < BULK_SETTLE
                     && now.duration_since(mark.since) < BULK_SETTLE_MAX =>
@@ -275,7 +281,7 @@ impl Engine {
                 self.sets.put_back(name, path, Mark { not_before: Some(now + BULK_SETTLE / 2), ..mark });
                 Ok(0)
             }
-            Look::Bulk => self.send_ahead(name, path, row.as_ref()).map(|()| 0),
+            Look::Bulk(size) => self.send_ahead(name, path, size).map(|()| 0),
             Look::Unreadable(error) => {
                 self.cannot_read(&path, error);
                 self.sets.captured(name, path, Seen::Skip);
@@ -322,43 +328,6 @@ impl Engine {
         if row.filter(changed).is_some() {
             self.view.note_in_place(found.local.ino)?;
         }
-        Ok(())
-    }
-
-    /// Gives a file to the bulk thread.
-    fn send_ahead(&mut self, name: &[u8], path: RelPath, row: Option<&Row>) -> Result<(), CaptureError> {
-        let Some(session) = &self.session else { return Ok(()) };
-        self.job_id += 1;
-        let id = self.job_id;
-        let mut base = match row.and_then(|row| row.entry.hash()) {
-            Some(hash) => self.view.large(hash)?.map(|large| (hash, large)),
-            None => None,
-        };
-        let replaces = base.as_ref().map(|(hash, _)| *hash);
-        let mut ino = row.and_then(|row| row.local).map(|local| local.ino);
-        let here = self.root.stat(&path).ok().flatten().filter(|stat| stat.st_nlink == 1).map(|stat| stat.st_ino);
-        let mut ahead = None;
-        if let Some(staged) = self.ahead.get(&path).filter(|staged| Some(staged.ino) == here)
-            && let Some(large) = &staged.large
-        {
-            (base, ahead, ino) = (Some((staged.hash, large.clone())), Some(staged.size), here);
-        }
-        let in_place = here.is_some() && here == ino;
-        let mapped = self.mapped.contains(&path);
-        let job = Job {
-            id,
-            out: session.bulk.clone(),
-            path: path.clone(),
-            base,
-            ahead,
-            replaces,
-            in_place,
-            mapped,
-            whole: false,
-            known: self.recent.clone(),
-        };
-        self.sets.group(name).staging.insert(path, id);
-        let _ = self.jobs.send(job); // Ended only when this thread ends.
         Ok(())
     }
 

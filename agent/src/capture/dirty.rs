@@ -293,6 +293,13 @@ impl DirtySets {
         self.count += usize::from(fresh);
     }
 
+    /// What the path waited for is over: it may be looked at.
+    pub fn wake(&mut self, group: &[u8], path: &RelPath) {
+        if let Some(mark) = self.groups.get_mut(group).and_then(|g| g.dirty.get_mut(path)).filter(|mark| !mark.quiet) {
+            mark.not_before = None;
+        }
+    }
+
     /// The marked path was written to, or closed after that.
     pub fn wrote(&mut self, group: &[u8], path: &RelPath, closed: bool) {
         if let Some(mark) = self.groups.get_mut(group).and_then(|g| g.dirty.get_mut(path)) {

@@ -21,12 +21,11 @@ use twinbox_protocol::outbox::Outbox;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::{Large, Manifest};
 use twinbox_resync::node::{MirrorState, NodeState};
-use twinbox_resync::plan::Seen;
 use twinbox_resync::rows::RowError;
 use twinbox_resync::schema::StateError;
 use twinbox_resync::view::View;
 
-use super::bulk::{self, Job};
+use super::ahead::Bulk;
 use super::closers::Closers;
 use super::dirty::{DirtySets, Group, Pending};
 use super::durable::LocalDisk;
@@ -161,30 +160,6 @@ pub(super) struct HalfRename {
     pub(super) wd: Option<i32>,
 }
 
-/// An observation whose content is on its way: it counts when the standby has staged it.
-pub(super) struct Awaiting {
-    pub(super) id: u64,
-    pub(super) path: RelPath,
-    pub(super) seen: Seen,
-    pub(super) large: Option<(Large, Option<ContentHash>)>,
-}
-
-/// A content the standby has staged for a path and that is not committed. When its file changes, what changed is compared with it, and both are committed together: so a file that grows all
-/// the time is sent once, and not anew each time it grew before it was staged.
-pub(super) struct Ahead {
-    pub(super) hash: ContentHash,
-    pub(super) size: u64,
-    pub(super) ino: u64,
-    pub(super) large: Option<Large>,
-}
-
-/// A content the standby asked for: answered when it was read here and has arrived there, in whatever order we hear of it.
-pub(super) struct Miss {
-    pub(super) hash: ContentHash,
-    pub(super) read: bool,
-    pub(super) arrived: bool,
-}
-
 pub(super) struct Engine {
     pub(super) config: CaptureConfig,
     pub(super) root: Arc<Root>,
@@ -208,16 +183,7 @@ pub(super) struct Engine {
     /// Of these the files that are mapped for writing.
     pub(super) mapped: BTreeSet<RelPath>,
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
-    pub(super) jobs: Sender<Job>,
-    pub(super) job_id: u64,
-    pub(super) awaiting: HashMap<ContentHash, Vec<Awaiting>>,
-    /// Contents the standby has staged before the bulk thread reported them; at most one for each job under way.
-    pub(super) staged_early: BTreeSet<ContentHash>,
-    /// The same of those it could not put together.
-    pub(super) incomplete_early: BTreeSet<ContentHash>,
-    pub(super) ahead: BTreeMap<RelPath, Ahead>,
-    /// Bulk jobs that answer a miss.
-    pub(super) misses: HashMap<u64, Miss>,
+    pub(super) bulk: Bulk,
     pub(super) waiters: Vec<Waiter>,
     pub(super) pulse: Arc<Pulse>,
     /// When something was last shipped.
@@ -297,7 +263,7 @@ impl Engine {
         let disk = LocalDisk::start(&root, NodeState::open(&config.state_dir)?, &config.name, &boot, position.lsn, &path)?;
         let outbox = Outbox::new(position, config.known.reserved);
         let watch = Watch::new(root.fd(), &cookie_parent(&config.mirror_dir))?;
-        let jobs = bulk::start(root.clone(), handle.clone());
+        let bulk = Bulk::start(&root, &handle);
         let mapping = super::mapped::start(root.clone(), config.root.clone(), handle.clone());
         let now = Instant::now();
         let mut engine = Engine {
@@ -319,13 +285,7 @@ impl Engine {
             writers: BTreeMap::new(),
             mapped: BTreeSet::new(),
             unreadable: BTreeMap::new(),
-            jobs,
-            job_id: 0,
-            awaiting: HashMap::new(),
-            staged_early: BTreeSet::new(),
-            incomplete_early: BTreeSet::new(),
-            ahead: BTreeMap::new(),
-            misses: HashMap::new(),
+            bulk,
             waiters: vec![],
             pulse: handle.pulse.clone(),
             shipped_at: now,

@@ -360,14 +360,14 @@ fn a_bulk_result_of_the_session_before_does_not_swallow_the_standbys_word() {
     let mut rig = started(&["u"]);
     rig.stage = false;
     fs::write(rig.root.join("u/big"), big()).unwrap();
-    rig.until("read", |r| !r.engine.awaiting.is_empty());
-    let (hash, id, seen) = rig.engine.awaiting.iter().map(|(hash, all)| (*hash, all[0].id, all[0].seen.clone())).next().unwrap();
+    rig.until("read", |r| !r.engine.bulk.awaiting.is_empty());
+    let (hash, id, seen) = rig.engine.bulk.awaiting.iter().map(|(hash, all)| (*hash, all[0].id, all[0].seen.clone())).next().unwrap();
     rig.disconnect();
     rig.ended.clear();
     rig.take = false;
     rig.connect();
-    rig.until("read again", |r| r.engine.job_id > id);
-    let outcome = Outcome::Read { seen, large: None, staged: true };
+    rig.until("read again", |r| r.engine.bulk.last_id() > id);
+    let outcome = Outcome::Read { seen, large: None, staged: true, torn: false };
     rig.engine.command(Command::Bulk(Box::new(BulkResult { id, path: p("u/big"), outcome }))).unwrap();
     rig.engine.command(Command::Staged(hash)).unwrap();
     rig.take = true;
@@ -380,10 +380,14 @@ fn what_an_older_read_of_a_file_says_does_not_take_away_the_newer_one() {
     let mut rig = started(&["u"]);
     rig.stage = false;
     fs::write(rig.root.join("u/big"), big()).unwrap();
-    rig.until("read", |r| !r.engine.awaiting.is_empty());
-    let old = rig.engine.job_id;
+    rig.until("read", |r| !r.engine.bulk.awaiting.is_empty());
+    let old = rig.engine.bulk.last_id();
     fs::OpenOptions::new().append(true).open(rig.root.join("u/big")).unwrap().write_all(b"one more message").unwrap();
-    rig.until("read again", |r| r.engine.job_id > old);
+    rig.until("sent", |r| !r.ended.is_empty());
+    let hash = rig.ended.pop().unwrap();
+    rig.engine.boundary().unwrap();
+    rig.engine.command(Command::Staged(hash)).unwrap();
+    rig.until("read again", |r| r.engine.bulk.last_id() > old);
     rig.engine.command(Command::Bulk(Box::new(BulkResult { id: old, path: p("u/big"), outcome: Outcome::Unstable }))).unwrap();
     rig.stage = true;
     rig.settle();
@@ -395,7 +399,7 @@ fn a_file_that_grew_while_it_was_staged_is_sent_once() {
     let mut rig = started(&["u"]);
     rig.stage = false;
     fs::write(rig.root.join("u/big"), big()).unwrap();
-    rig.until("read and sent", |r| !r.engine.awaiting.is_empty() && !r.ended.is_empty());
+    rig.until("read and sent", |r| !r.engine.bulk.awaiting.is_empty() && !r.ended.is_empty());
     let path = rig.root.join("u/big");
     let append = |text: &[u8]| fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(text).unwrap();
     append(b"one more message");
@@ -406,11 +410,11 @@ fn a_file_that_grew_while_it_was_staged_is_sent_once() {
     append(b"and another");
     rig.settle();
     rig.check();
-    assert!(rig.ended.is_empty() && rig.engine.ahead.is_empty());
+    assert!(rig.ended.is_empty() && rig.engine.bulk.is_idle());
     assert!(rig.unstaged.is_empty(), "a txn named it");
     // What was staged for a file that is gone is let go.
     fs::write(rig.root.join("u/other"), big().split_off(5)).unwrap();
-    rig.until("read and sent", |r| !r.engine.awaiting.is_empty() && !r.ended.is_empty());
+    rig.until("read and sent", |r| !r.engine.bulk.awaiting.is_empty() && !r.ended.is_empty());
     fs::remove_file(rig.root.join("u/other")).unwrap();
     rig.engine.boundary().unwrap();
     let hash = rig.ended.pop().unwrap();
@@ -432,12 +436,12 @@ fn a_file_the_standby_cannot_put_together_is_sent_whole() {
         if early {
             rig.until("sent", |r| !r.ended.is_empty());
         } else {
-            rig.until("read", |r| !r.engine.awaiting.is_empty());
+            rig.until("read", |r| !r.engine.bulk.awaiting.is_empty());
             rig.until("sent", |r| !r.ended.is_empty());
         }
-        let (id, hash) = (rig.engine.job_id, rig.ended.pop().unwrap());
+        let (id, hash) = (rig.engine.bulk.last_id(), rig.ended.pop().unwrap());
         rig.engine.command(Command::Incomplete(hash)).unwrap();
-        rig.until("read again", |r| r.engine.job_id > id);
+        rig.until("read again", |r| r.engine.bulk.last_id() > id);
         rig.stage = true;
         rig.settle();
         rig.check();

@@ -41,8 +41,8 @@ pub enum Look {
         /// A writer has it open.
         writer: bool,
     },
-    /// Too large to be read here.
-    Bulk,
+    /// Too large to be read here: its size in bytes.
+    Bulk(u64),
     /// May not be read.
     Unreadable(Errno),
 }
@@ -159,7 +159,7 @@ fn try_look(
         return Ok(Look::Unstable { writer: true });
     }
     if before.st_size as u64 > DIRECT_MAX {
-        return Ok(Look::Bulk);
+        return Ok(Look::Bulk(before.st_size as u64));
     }
     if probe != Probe::Quiet {
         wait_for_write(&file)?;

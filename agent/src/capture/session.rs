@@ -9,15 +9,12 @@ use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::digest::Digest;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::hello::{Refusal, Verdict, compare};
-use twinbox_protocol::ids::{ChainHash, ContentHash, Generation, Lsn};
+use twinbox_protocol::ids::{ChainHash, Generation, Lsn};
 use twinbox_protocol::msg::{Hello, Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
-use twinbox_resync::manifest::Large;
-use twinbox_resync::plan::{Body, Seen};
 use twinbox_resync::rows::{Row, Rows};
 
-use super::bulk::{BulkResult, Job, Outcome};
-use super::engine::{Ahead, Awaiting, CaptureError, Engine, Miss};
+use super::engine::{CaptureError, Engine};
 use super::messages::{BulkMessage, Command, Step, ToLink};
 use super::pulse::CANARY_EVERY;
 
@@ -67,7 +64,7 @@ impl Engine {
             }
             Command::Up { id, out, bulk, peer } => {
                 tracing::info!(mirror = %self.config.name, peer, lsn = %self.outbox.last().lsn, "standby connected");
-                self.session = Some(Session { id, old_jobs: self.job_id, out, bulk, heard: Instant::now() });
+                self.session = Some(Session { id, old_jobs: self.bulk.last_id(), out, bulk, heard: Instant::now() });
                 self.collapsed = false;
                 // The standby applied all it had before it answered our hello.
                 self.applied = self.applied.max(self.outbox.last().lsn);
@@ -89,10 +86,10 @@ impl Engine {
                 self.applied = self.applied.max(lsn);
                 self.applied_at = Instant::now();
             }
-            Command::Staged(hash) => self.staged(hash),
+            Command::Staged(hash) => self.staged(hash)?,
             Command::Miss(hash) => self.miss(hash)?,
-            Command::Incomplete(hash) => self.incomplete(hash),
-            Command::Bulk(result) => self.bulk_done(*result),
+            Command::Incomplete(hash) => self.incomplete(hash)?,
+            Command::Bulk(result) => self.bulk_done(*result)?,
             Command::Mapped(paths) => self.mapped(paths)?,
             Command::Sync(reply) => self.wait_for_sync(reply),
             Command::Fence(request) => self.fence(request),
@@ -117,7 +114,7 @@ impl Engine {
         Ok(())
     }
 
-    fn heard(&mut self) {
+    pub(super) fn heard(&mut self) {
         if let Some(session) = &mut self.session {
             session.heard = Instant::now();
         }
@@ -295,11 +292,7 @@ impl Engine {
         self.last_groups = None;
         // The txn waited for may never arrive, and its number be passed by others: what is dirty then is waited for instead.
         self.restart_waiters();
-        self.awaiting.clear();
-        self.staged_early.clear();
-        self.incomplete_early.clear();
-        self.misses.clear();
-        self.ahead.clear();
+        self.bulk.session_ended();
         self.larges.clear();
         // Observations may rest on contents the standby turns out not to have.
         let mut again = vec![];
@@ -317,194 +310,5 @@ impl Engine {
             self.scan.clear();
             self.compare = true;
         }
-    }
-
-    /// The object an observation waits for has to be sent whole.
-    fn incomplete(&mut self, hash: ContentHash) {
-        self.heard();
-        match self.awaiting.remove(&hash) {
-            Some(all) => all.into_iter().for_each(|awaiting| self.send_whole(awaiting.id, awaiting.path)),
-            None => {
-                self.incomplete_early.insert(hash);
-            }
-        }
-    }
-
-    /// Reads the file of the job `id` again, for every byte, unless an event came for it.
-    fn send_whole(&mut self, id: u64, path: RelPath) {
-        let group = self.group_of_marked(&path);
-        let (Some(session), Some(job)) = (&self.session, self.sets.group(&group).staging.get_mut(&path).filter(|job| **job == id)) else {
-            return;
-        };
-        self.job_id += 1;
-        *job = self.job_id;
-        let _ = self.jobs.send(Job {
-            id: self.job_id,
-            out: session.bulk.clone(),
-            mapped: self.mapped.contains(&path),
-            path,
-            base: None,
-            ahead: None,
-            replaces: None,
-            in_place: false,
-            whole: true,
-            known: self.recent.clone(),
-        }); // Ended only when this thread ends.
-    }
-
-    fn staged(&mut self, hash: ContentHash) {
-        self.heard();
-        let mut asked = false;
-        for miss in self.misses.values_mut().filter(|miss| miss.hash == hash) {
-            (asked, miss.arrived) = (true, true);
-        }
-        self.misses.retain(|_, miss| !(miss.read && miss.arrived));
-        if asked && !self.awaiting.contains_key(&hash) {
-            return; // An answer to the standby: nobody here waits for it.
-        }
-        match self.awaiting.remove(&hash) {
-            Some(all) => {
-                for Awaiting { id, path, seen, large } in all {
-                    self.read_ahead(id, path, seen, large);
-                }
-            }
-            // The standby was quicker than the bulk thread's own report.
-            None => {
-                self.staged_early.insert(hash);
-            }
-        }
-    }
-
-    /// An observation made by the bulk thread counts, unless an event came for its path.
-    fn read_ahead(&mut self, id: u64, path: RelPath, seen: Seen, large: Option<(Large, Option<ContentHash>)>) {
-        self.note_ahead(&path, &seen, large.as_ref().map(|(large, _)| large));
-        let group = self.group_of_marked(&path);
-        if self.sets.group(&group).staging.get(&path) != Some(&id) {
-            return;
-        }
-        self.sets.group(&group).staging.remove(&path);
-        match large {
-            Some(large) => self.larges.insert(path.clone(), large),
-            None => self.larges.remove(&path),
-        };
-        self.unreadable.remove(&path);
-        self.sets.captured(&group, path, seen);
-    }
-
-    fn note_ahead(&mut self, path: &RelPath, seen: &Seen, large: Option<&Large>) {
-        let Seen::Present(found) = seen else { return };
-        let (Body::Staged, Some(hash)) = (&found.body, found.entry.hash()) else { return };
-        let ahead = Ahead { hash, size: found.entry.size(), ino: found.local.ino, large: large.cloned() };
-        if let Some(old) = self.ahead.insert(path.clone(), ahead) {
-            self.unstage(old.hash);
-        }
-    }
-
-    /// What was staged for `path` has been committed as it was or changed since, or never will be.
-    pub(super) fn drop_ahead(&mut self, path: &RelPath, seen: &Seen) {
-        let Some(ahead) = self.ahead.remove(path) else { return };
-        let used = match seen {
-            Seen::Present(found) => match &found.body {
-                Body::Patch { base, .. } => *base == ahead.hash,
-                _ => found.entry.hash() == Some(ahead.hash),
-            },
-            _ => false,
-        };
-        if !used {
-            self.unstage(ahead.hash);
-        }
-    }
-
-    fn unstage(&mut self, hash: ContentHash) {
-        let wanted = self.awaiting.contains_key(&hash) || self.ahead.values().any(|ahead| ahead.hash == hash);
-        if let (false, Some(session)) = (wanted, &self.session) {
-            let _ = session.out.send(ToLink::Unstage(hash)); // A closed queue means the session is ending.
-        }
-    }
-
-    fn bulk_done(&mut self, result: BulkResult) {
-        let BulkResult { id, path, outcome } = result;
-        // Of a session that ended: its path is dirty again, and the word of the standby it would wait for is another job's.
-        if self.session.as_ref().is_none_or(|session| id <= session.old_jobs) {
-            return;
-        }
-        if let Some(mut miss) = self.misses.remove(&id) {
-            let sent = match &outcome {
-                Outcome::Read { seen: Seen::Present(found), staged: true, .. } => found.entry.hash() == Some(miss.hash),
-                _ => false,
-            };
-            if let (false, Some(session)) = (sent, &self.session) {
-                let _ = session.out.send(ToLink::Gone(miss.hash));
-            } else if !miss.arrived {
-                miss.read = true;
-                self.misses.insert(id, miss);
-            }
-            return;
-        }
-        match outcome {
-            Outcome::Read { seen, large, staged: false } => self.read_ahead(id, path, seen, large),
-            Outcome::Read { seen, large, staged: true } => {
-                let hash = if let Seen::Present(found) = &seen { found.entry.hash() } else { None };
-                let Some(hash) = hash.filter(|_| self.session.is_some()) else { return };
-                if self.staged_early.remove(&hash) {
-                    self.read_ahead(id, path, seen, large);
-                } else if self.incomplete_early.remove(&hash) {
-                    self.send_whole(id, path);
-                } else {
-                    self.awaiting.entry(hash).or_default().push(Awaiting { id, path, seen, large });
-                }
-            }
-            Outcome::Unreadable(error) => {
-                self.cannot_read(&path, error);
-                self.read_ahead(id, path, Seen::Skip, None);
-            }
-            Outcome::Unstable | Outcome::Cut => {
-                let group = self.group_of_marked(&path);
-                // Of the path's newest job only: what an older one says is old, and the newer one is still waited for.
-                if self.sets.group(&group).staging.get(&path) == Some(&id) {
-                    self.mark(&path, true, false, false);
-                }
-            }
-        }
-    }
-
-    /// The standby cannot find a content we took for known: send it whole, if we still have it.
-    fn miss(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
-        self.heard();
-        let Some(session) = &self.session else { return Ok(()) };
-        let mut found = None;
-        for path in self.view.paths_with(hash)? {
-            let row = self.view.row(&path)?;
-            let here = self.root.stat(&path).ok().flatten();
-            if let (Some(local), Some(stat)) = (row.and_then(|row| row.local), here)
-                && crate::tree::local(&stat).ino == local.ino
-            {
-                found = Some(path);
-                break;
-            }
-        }
-        match found {
-            Some(path) => {
-                self.job_id += 1;
-                let job = Job {
-                    id: self.job_id,
-                    out: session.bulk.clone(),
-                    path,
-                    base: None,
-                    ahead: None,
-                    replaces: None,
-                    in_place: false,
-                    mapped: false,
-                    whole: true,
-                    known: self.recent.clone(),
-                };
-                let _ = self.jobs.send(job); // Ended only when this thread ends.
-                self.misses.insert(self.job_id, Miss { hash, read: false, arrived: false });
-            }
-            None => {
-                let _ = session.out.send(ToLink::Gone(hash));
-            }
-        }
-        Ok(())
     }
 }

@@ -1,0 +1,381 @@
+//! Contents sent ahead of their txns: which large files are read when, and what becomes of what was read.
+//!
+//! A path is *open* from the moment it is wanted until its reading needed no staging, failed, or was staged by the standby; it is read once at a time. Two lanes, so that a change to what the standby has
+//! already does not wait behind gigabytes: each reads in the order asked for. An event that comes while a path waits in the queue changes nothing, it is read later anyway; one that comes while
+//! it is read voids the observation. What was staged is then still worth having: the next reading is compared with it and the difference committed together with it, so a file that grows all the time
+//! is sent once, and a group whose files never rest for as long as it takes to send them is cut.
+//!
+//! Invariant: every staged object is either named by a txn, kept in `ahead` for a path that is still pending, or let go (`Unstage`).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use twinbox_protocol::ids::ContentHash;
+use twinbox_protocol::path::RelPath;
+use twinbox_resync::manifest::Large;
+use twinbox_resync::plan::{Body, Seen};
+use twinbox_resync::rows::Rows;
+
+use super::bulk::{self, BulkResult, Job, Outcome};
+use super::engine::{CaptureError, Engine};
+use super::messages::{CaptureHandle, ToLink};
+use crate::tree::Root;
+
+/// Jobs given to a lane's thread at once: one under way, one to go on with.
+const DEPTH: usize = 2;
+/// Files up to this size go by the first lane, as does what is compared with something staged.
+const QUICK_MAX: u64 = 16 * 1024 * 1024;
+
+/// Number of a job.
+pub(super) type JobId = u64;
+
+/// A job that waits for its turn.
+struct Wanted {
+    id: JobId,
+    path: RelPath,
+    /// Every byte, no copies.
+    whole: bool,
+}
+
+/// An observation whose content is on its way: it counts when the standby has staged it.
+#[derive(Clone)]
+pub(super) struct Awaiting {
+    pub(super) id: JobId,
+    pub(super) path: RelPath,
+    pub(super) seen: Seen,
+    pub(super) large: Option<(Large, Option<ContentHash>)>,
+    /// The file changed while it was read: these bytes may never have been its content, and only serve to compare with.
+    pub(super) torn: bool,
+}
+
+/// A content the standby has staged for a path and that is not committed.
+struct Ahead {
+    hash: ContentHash,
+    size: u64,
+    ino: u64,
+    large: Option<Large>,
+}
+
+/// A content the standby asked for: answered when it was read here and has arrived there, in whatever order we hear of it.
+struct Miss {
+    hash: ContentHash,
+    read: bool,
+    arrived: bool,
+}
+
+/// See the module's text.
+pub(super) struct Bulk {
+    lanes: [Sender<Job>; 2],
+    queues: [VecDeque<Wanted>; 2],
+    /// Jobs given to the threads, and by which lane; also those of sessions before.
+    running: BTreeMap<JobId, usize>,
+    open: BTreeMap<RelPath, JobId>,
+    ahead: BTreeMap<RelPath, Ahead>,
+    pub(super) awaiting: HashMap<ContentHash, Vec<Awaiting>>,
+    /// Contents the standby has staged before the thread reported them; at most one for each job under way.
+    staged_early: BTreeSet<ContentHash>,
+    /// The same of those it could not put together.
+    incomplete_early: BTreeSet<ContentHash>,
+    misses: BTreeMap<JobId, Miss>,
+    last_id: JobId,
+}
+
+impl Bulk {
+    /// Starts the threads; they end when this is dropped.
+    pub(super) fn start(root: &Arc<Root>, handle: &CaptureHandle) -> Self {
+        Bulk {
+            lanes: [(); 2].map(|()| bulk::start(root.clone(), handle.clone())),
+            queues: Default::default(),
+            running: BTreeMap::new(),
+            open: BTreeMap::new(),
+            ahead: BTreeMap::new(),
+            awaiting: HashMap::new(),
+            staged_early: BTreeSet::new(),
+            incomplete_early: BTreeSet::new(),
+            misses: BTreeMap::new(),
+            last_id: 0,
+        }
+    }
+
+    /// Number of the newest job.
+    pub(super) fn last_id(&self) -> JobId {
+        self.last_id
+    }
+
+    /// Whether the path is being read, or waits for that: it need not be looked at before.
+    pub(super) fn is_open(&self, path: &RelPath) -> bool {
+        self.open.contains_key(path)
+    }
+
+    /// Nothing of what was sent counts any more; what runs ends by itself.
+    pub(super) fn session_ended(&mut self) {
+        self.queues.iter_mut().for_each(VecDeque::clear);
+        self.open.clear();
+        self.ahead.clear();
+        self.awaiting.clear();
+        self.staged_early.clear();
+        self.incomplete_early.clear();
+        self.misses.clear();
+    }
+
+    fn next_id(&mut self) -> JobId {
+        self.last_id += 1;
+        self.last_id
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.open.is_empty() && self.ahead.is_empty() && self.awaiting.is_empty() && self.running.is_empty()
+    }
+}
+
+impl Engine {
+    /// Has a file read by a thread of its own.
+    pub(super) fn send_ahead(&mut self, group: &[u8], path: RelPath, size: u64) -> Result<(), CaptureError> {
+        let id = self.bulk.next_id();
+        let lane = usize::from(size > QUICK_MAX && !self.bulk.ahead.contains_key(&path));
+        self.sets.group(group).staging.insert(path.clone(), id);
+        self.bulk.open.insert(path.clone(), id);
+        self.bulk.queues[lane].push_back(Wanted { id, path, whole: false });
+        self.dispatch()
+    }
+
+    fn dispatch(&mut self) -> Result<(), CaptureError> {
+        for lane in 0..self.bulk.lanes.len() {
+            while self.bulk.running.values().filter(|l| **l == lane).count() < DEPTH {
+                let Some(wanted) = self.bulk.queues[lane].pop_front() else { break };
+                let id = wanted.id;
+                if let Some(job) = self.job(wanted)? {
+                    self.bulk.running.insert(id, lane);
+                    let _ = self.bulk.lanes[lane].send(job); // Ended only when this is dropped.
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the thread needs to know, as of now; `None` when nobody wants it any more.
+    fn job(&mut self, Wanted { id, path, whole }: Wanted) -> Result<Option<Job>, CaptureError> {
+        let Some(out) = self.session.as_ref().map(|session| session.bulk.clone()) else { return Ok(None) };
+        if !self.bulk.misses.contains_key(&id) {
+            let group = self.group_of_marked(&path);
+            if self.sets.group(&group).staging.get(&path) != Some(&id) {
+                // An event came while it waited: it is read after that.
+                if self.sets.take(&group, &path).is_none() {
+                    self.close(&path, id);
+                    return Ok(None);
+                }
+                self.sets.group(&group).staging.insert(path.clone(), id);
+            }
+        }
+        let row = self.view.row(&self.sets.origin(&path))?;
+        let mut base = match row.as_ref().and_then(|row| row.entry.hash()).filter(|_| !whole) {
+            Some(hash) => self.view.large(hash)?.map(|large| (hash, large)),
+            None => None,
+        };
+        let replaces = base.as_ref().map(|(hash, _)| *hash);
+        let mut ino = row.and_then(|row| row.local).map(|local| local.ino);
+        let here = self.root.stat(&path).ok().flatten().filter(|stat| stat.st_nlink == 1).map(|stat| stat.st_ino);
+        let mut ahead = None;
+        if let Some(staged) = self.bulk.ahead.get(&path).filter(|staged| !whole && Some(staged.ino) == here)
+            && let Some(large) = &staged.large
+        {
+            (base, ahead, ino) = (Some((staged.hash, large.clone())), Some(staged.size), here);
+        }
+        let (in_place, mapped) = (!whole && here.is_some() && here == ino, self.mapped.contains(&path));
+        Ok(Some(Job { id, out, path, base, ahead, replaces, in_place, mapped, whole, known: self.recent.clone() }))
+    }
+
+    /// The path can be looked at again.
+    fn close(&mut self, path: &RelPath, id: JobId) {
+        if self.bulk.open.get(path) == Some(&id) {
+            self.bulk.open.remove(path);
+            let group = self.group_of_marked(path);
+            self.sets.wake(&group, path);
+        }
+    }
+
+    /// What a thread has to say.
+    pub(super) fn bulk_done(&mut self, result: BulkResult) -> Result<(), CaptureError> {
+        let BulkResult { id, path, outcome } = result;
+        self.bulk.running.remove(&id);
+        // Of a session that ended: its path is dirty again, and the word of the standby it would wait for is another job's.
+        let counts = self.session.as_ref().is_some_and(|session| id > session.old_jobs);
+        if !counts {
+        } else if let Some(mut miss) = self.bulk.misses.remove(&id) {
+            let sent = match &outcome {
+                Outcome::Read { seen: Seen::Present(found), staged: true, .. } => found.entry.hash() == Some(miss.hash),
+                _ => false,
+            };
+            if let (false, Some(session)) = (sent, &self.session) {
+                let _ = session.out.send(ToLink::Gone(miss.hash));
+            } else if !miss.arrived {
+                miss.read = true;
+                self.bulk.misses.insert(id, miss);
+            }
+        } else {
+            self.read(id, path, outcome);
+        }
+        self.dispatch()
+    }
+
+    fn read(&mut self, id: JobId, path: RelPath, outcome: Outcome) {
+        match outcome {
+            Outcome::Read { seen, large, staged: false, torn } => {
+                self.arrived(Awaiting { id, path, seen, large, torn });
+            }
+            Outcome::Read { seen, large, staged: true, torn } => {
+                let hash = if let Seen::Present(found) = &seen { found.entry.hash() } else { None };
+                let Some(hash) = hash else { return };
+                let awaiting = Awaiting { id, path, seen, large, torn };
+                if self.bulk.staged_early.remove(&hash) {
+                    self.arrived(awaiting);
+                } else if self.bulk.incomplete_early.remove(&hash) {
+                    self.send_whole(awaiting.id, awaiting.path);
+                } else {
+                    self.bulk.awaiting.entry(hash).or_default().push(awaiting);
+                }
+            }
+            Outcome::Unreadable(error) => {
+                self.cannot_read(&path, error);
+                self.arrived(Awaiting { id, path, seen: Seen::Skip, large: None, torn: false });
+            }
+            Outcome::Unstable | Outcome::Cut => {
+                self.close(&path, id);
+                let group = self.group_of_marked(&path);
+                // Of the path's newest job only: what an older one says is old, and the newer one is still waited for.
+                if self.sets.group(&group).staging.get(&path) == Some(&id) {
+                    self.mark(&path, true, false, false);
+                }
+            }
+        }
+    }
+
+    /// An observation is complete. It counts, unless an event came for its path.
+    fn arrived(&mut self, awaiting: Awaiting) {
+        let Awaiting { id, path, seen, large, torn } = awaiting;
+        self.close(&path, id);
+        self.note_ahead(&path, &seen, large.as_ref().map(|(large, _)| large));
+        let group = self.group_of_marked(&path);
+        if self.sets.group(&group).staging.get(&path) != Some(&id) {
+            return;
+        }
+        if torn {
+            return self.mark(&path, true, false, false);
+        }
+        self.sets.group(&group).staging.remove(&path);
+        match large {
+            Some(large) => self.larges.insert(path.clone(), large),
+            None => self.larges.remove(&path),
+        };
+        if seen != Seen::Skip {
+            self.unreadable.remove(&path);
+        }
+        self.sets.captured(&group, path, seen);
+    }
+
+    fn note_ahead(&mut self, path: &RelPath, seen: &Seen, large: Option<&Large>) {
+        let Seen::Present(found) = seen else { return };
+        let (Body::Staged, Some(hash)) = (&found.body, found.entry.hash()) else { return };
+        let group = self.group_of_marked(path);
+        let pending = self.sets.is_dirty(&group, path) || self.sets.group(&group).staging.contains_key(path);
+        let ahead = Ahead { hash, size: found.entry.size(), ino: found.local.ino, large: large.cloned() };
+        let old = if pending { self.bulk.ahead.insert(path.clone(), ahead) } else { Some(ahead) };
+        if let Some(old) = old {
+            self.unstage(old.hash);
+        }
+    }
+
+    /// The path is committed, as it was staged, changed since, or otherwise.
+    pub(super) fn drop_ahead(&mut self, path: &RelPath, seen: &Seen) {
+        let Some(ahead) = self.bulk.ahead.remove(path) else { return };
+        let used = match seen {
+            Seen::Present(found) => match &found.body {
+                Body::Patch { base, .. } => *base == ahead.hash,
+                _ => found.entry.hash() == Some(ahead.hash),
+            },
+            _ => false,
+        };
+        if !used {
+            self.unstage(ahead.hash);
+        }
+    }
+
+    fn unstage(&mut self, hash: ContentHash) {
+        let wanted = self.bulk.awaiting.contains_key(&hash) || self.bulk.ahead.values().any(|ahead| ahead.hash == hash);
+        if let (false, Some(session)) = (wanted, &self.session) {
+            let _ = session.out.send(ToLink::Unstage(hash)); // A closed queue means the session is ending.
+        }
+    }
+
+    /// The standby has a content staged.
+    pub(super) fn staged(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
+        self.heard();
+        let mut asked = false;
+        for miss in self.bulk.misses.values_mut().filter(|miss| miss.hash == hash) {
+            (asked, miss.arrived) = (true, true);
+        }
+        self.bulk.misses.retain(|_, miss| !(miss.read && miss.arrived));
+        match self.bulk.awaiting.remove(&hash) {
+            Some(all) => all.into_iter().for_each(|awaiting| self.arrived(awaiting)),
+            None if asked => {} // An answer to the standby: nobody here waits for it.
+            // The standby was quicker than the thread's own report.
+            None => {
+                self.bulk.staged_early.insert(hash);
+            }
+        }
+        self.dispatch()
+    }
+
+    /// The standby cannot put an object together: what it should copy from is not there.
+    pub(super) fn incomplete(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
+        self.heard();
+        match self.bulk.awaiting.remove(&hash) {
+            Some(all) => all.into_iter().for_each(|awaiting| self.send_whole(awaiting.id, awaiting.path)),
+            None => {
+                self.bulk.incomplete_early.insert(hash);
+            }
+        }
+        self.dispatch()
+    }
+
+    /// Reads the file of the job `id` again, for every byte.
+    fn send_whole(&mut self, id: JobId, path: RelPath) {
+        if self.bulk.open.get(&path) != Some(&id) {
+            return;
+        }
+        let new = self.bulk.next_id();
+        let group = self.group_of_marked(&path);
+        if let Some(job) = self.sets.group(&group).staging.get_mut(&path).filter(|job| **job == id) {
+            *job = new;
+        }
+        self.bulk.open.insert(path.clone(), new);
+        self.bulk.queues[1].push_back(Wanted { id: new, path, whole: true });
+    }
+
+    /// The standby cannot find a content we took for known: send it whole, if we still have it.
+    pub(super) fn miss(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
+        self.heard();
+        let Some(session) = &self.session else { return Ok(()) };
+        let mut found = None;
+        for path in self.view.paths_with(hash)? {
+            let row = self.view.row(&path)?;
+            let here = self.root.stat(&path).ok().flatten();
+            if let (Some(local), Some(stat)) = (row.and_then(|row| row.local), here)
+                && crate::tree::local(&stat).ino == local.ino
+            {
+                found = Some(path);
+                break;
+            }
+        }
+        let Some(path) = found else {
+            let _ = session.out.send(ToLink::Gone(hash));
+            return Ok(());
+        };
+        let id = self.bulk.next_id();
+        self.bulk.misses.insert(id, Miss { hash, read: false, arrived: false });
+        self.bulk.queues[0].push_front(Wanted { id, path, whole: true }); // The log waits for it.
+        self.dispatch()
+    }
+}
