@@ -7,8 +7,8 @@ use std::time::Duration;
 /// A server silent for this long has failed.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Tries of one delivery. Dovecot 2.3's lmtp process can end under an mdbox move of the same mailbox; a mail server's queue then tries
-/// again, on a new connection.
+/// Tries of one delivery. Dovecot 2.3's lmtp process can end under an mdbox move of the same mailbox, or say `451` when another makes
+/// the mailbox at the same time; a mail server's queue then tries again, on a new connection.
 const TRIES: u32 = 3;
 
 /// An LMTP session.
@@ -27,11 +27,13 @@ impl Lmtp {
         Ok(session)
     }
 
-    /// Delivers one message (CRLF lines) to users; each has it when this returns (twice, if the server ended after storing it).
+    /// Delivers one message (CRLF lines) to users; each has it when this returns (some twice, if the server ended after storing it).
     pub fn deliver(&mut self, users: &[String], message: &[u8]) -> io::Result<()> {
         for _ in 1..TRIES {
             match self.try_deliver(users, message) {
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => *self = Self::connect(self.1)?,
+                Err(error) if matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::WouldBlock) => {
+                    *self = Self::connect(self.1)?
+                }
                 other => return other,
             }
         }
@@ -72,6 +74,9 @@ impl Lmtp {
             let mut line = String::new();
             if self.0.read_line(&mut line)? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if line.starts_with('4') {
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, format!("LMTP: {line:?}")));
             }
             if !line.starts_with(want) {
                 return Err(io::Error::other(format!("LMTP: wanted {want}, got {line:?}")));
