@@ -512,6 +512,7 @@ fn primary_status(primary: &Primary) -> MirrorStatus {
             _ => now.unprotected_since.map(rfc3339),
         },
         stalled: stall.map(stalled),
+        warnings: now.warnings.clone(),
     }
 }
 
@@ -567,6 +568,7 @@ fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatu
             .unwrap_or(last_error(now.last_error)),
         unprotected_since: None,
         stalled: silent.map(|lasts| Stalled { stage: Stage::Link.as_str().into(), for_ms: lasts.as_millis() as u64 }),
+        warnings: vec![],
     }
 }
 

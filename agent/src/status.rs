@@ -99,6 +99,9 @@ pub struct MirrorStatus {
     /// Where a change does not get on, while that is so; the state is `unprotected` then.
     #[serde(default)]
     pub stalled: Option<Stalled>,
+    /// What the file system here cannot do for the mirror, one sentence each. Empty on ext4, XFS, btrfs and tmpfs.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// A stage of the pipeline that does not move.

@@ -46,6 +46,7 @@ fn calm() -> Status {
             last_error: None,
             unprotected_since: None,
             stalled: None,
+            warnings: vec![],
         }],
     }
 }
@@ -175,6 +176,7 @@ fn the_json_shape_is_an_interface() {
             "totals",
             "unprotected_since",
             "unreadable",
+            "warnings",
             "watches",
         ]
     );

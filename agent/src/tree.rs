@@ -7,6 +7,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -16,6 +17,8 @@ use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::Local;
 
+use crate::sys::{Probe, lease_probe};
+
 /// Longest path given to one system call (PATH_MAX is 4096 with the NUL).
 const PIECE: usize = 4000;
 
@@ -24,6 +27,8 @@ const PIECE: usize = 4000;
 pub struct Root {
     fd: OwnedFd,
     path: PathBuf,
+    leases: bool,
+    grain: Duration,
 }
 
 /// One entry of a listing.
@@ -60,7 +65,25 @@ impl Root {
             Errno::NOSYS => io::Error::other("this kernel has no openat2 (5.6 or later is needed)"),
             other => other.into(),
         })?;
-        Ok(Root { fd, path: path.into() })
+        Ok(Root { fd, path: path.into(), leases: true, grain: Duration::ZERO })
+    }
+
+    /// Believes leases or not, and how fine times are: see [`crate::capture::proofs`].
+    pub fn trust(&mut self, leases: bool, grain: Duration) {
+        (self.leases, self.grain) = (leases, grain);
+    }
+
+    /// Whether somebody has a file open for writing, as far as this file system can say.
+    #[must_use]
+    pub fn probe(&self, file: BorrowedFd<'_>) -> Probe {
+        if self.leases { lease_probe(file) } else { Probe::Unable }
+    }
+
+    /// A change made after `now` has a later ctime than this.
+    #[must_use]
+    pub fn surely_before(&self, now: Time) -> Time {
+        let ns = i128::from(now.secs) * 1_000_000_000 + i128::from(now.nanos) - self.grain.as_nanos() as i128;
+        Time { secs: ns.div_euclid(1_000_000_000) as i64, nanos: ns.rem_euclid(1_000_000_000) as u32 }
     }
 
     /// The path it was opened by, for messages.

@@ -24,7 +24,7 @@ use twinbox_resync::plan::{Body, Found, Seen};
 use super::look::{self, KnownChunks, PIECE, RecipeBuilder};
 use super::messages::{BulkMessage, CaptureHandle, Command};
 use super::recent::RecentChunks;
-use crate::sys::{Probe, lease_probe};
+use crate::sys::Probe;
 use crate::tree::{self, Root};
 
 /// A file to be read.
@@ -135,13 +135,13 @@ fn now() -> Time {
 }
 
 fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
-    let started = now();
+    let started = root.surely_before(now());
     let file = root.file(&job.path)?;
     let before = rfs::fstat(&file)?;
     if FileType::from_raw_mode(before.st_mode) != FileType::RegularFile {
         return Err(Failure::Unstable);
     }
-    let probe = lease_probe(file.as_fd());
+    let probe = root.probe(file.as_fd());
     let before = if probe == Probe::Quiet {
         before
     } else {
@@ -164,7 +164,7 @@ fn run(root: &Root, job: &Job) -> Result<Outcome, Failure> {
     let xattrs = tree::xattrs(file.as_fd(), false)?;
     let after = rfs::fstat(&file)?;
     let late = probe != Probe::Quiet && tree::local(&after).ctime >= started;
-    let torn = !tree::same_stat(&before, &after) || late || (probe == Probe::Quiet && lease_probe(file.as_fd()) != Probe::Quiet);
+    let torn = !tree::same_stat(&before, &after) || late || (probe == Probe::Quiet && root.probe(file.as_fd()) != Probe::Quiet);
     let staged = body == Body::Staged;
     if torn && !(staged && large.is_some()) {
         return Err(Failure::Unstable);

@@ -60,7 +60,7 @@ impl Engine {
         if !self.can_cut() || !(overdue || self.sets.has_work(now)) {
             return Ok(false);
         }
-        let boundary = wall();
+        let boundary = self.root.surely_before(wall());
         self.boundary()?;
         if !self.can_cut() {
             return Ok(true); // The events asked for a comparison first.

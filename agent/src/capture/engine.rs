@@ -233,7 +233,12 @@ pub(super) const UNREADABLE_EVERY: Duration = Duration::from_secs(20);
 
 impl Engine {
     fn open(config: CaptureConfig, handle: CaptureHandle, receiver: Receiver<Command>, wake: Arc<OwnedFd>) -> Result<Self, CaptureError> {
-        let root = Root::open(&config.root).map_err(|source| CaptureError::Root { path: config.root.clone(), source })?;
+        let mut root = Root::open(&config.root).map_err(|source| CaptureError::Root { path: config.root.clone(), source })?;
+        let proofs = super::proofs::try_out(&root);
+        for warning in &proofs.warnings {
+            tracing::warn!(mirror = %config.name, "{warning}");
+        }
+        root.trust(proofs.leases, proofs.grain);
         let root = Arc::new(root);
         let io = |error| CaptureError::Io(error);
         std::fs::create_dir_all(&config.mirror_dir).map_err(io)?;
@@ -300,7 +305,7 @@ impl Engine {
             applied: Lsn::ZERO,
             durable: Lsn::ZERO,
             proof: None,
-            summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), ..CaptureStatus::default() },
+            summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), warnings: proofs.warnings, ..CaptureStatus::default() },
             pull: None,
             events: vec![],
             receiver,
@@ -690,15 +695,20 @@ impl Engine {
                 self.closers.add(to, at);
             }
             if self.sets.hint_count() > HINTS_MAX {
-                for path in self.sets.distrust() {
-                    self.mark(&path, true, true, false);
-                    self.scan.push(path);
-                }
+                self.distrust_renames();
             }
         }
         if from.is_dir {
             self.scan.moved(&from.path, to);
             self.scan.push(to.clone());
+        }
+    }
+
+    /// Where renames led is compared as if nothing were known of it: there are too many, or the rows it was compared with under its old name are not those any more.
+    pub(super) fn distrust_renames(&mut self) {
+        for path in self.sets.distrust() {
+            self.mark(&path, true, true, false);
+            self.scan.push(path);
         }
     }
 

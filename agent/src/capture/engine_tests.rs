@@ -463,6 +463,28 @@ fn who_waits_for_a_sync_does_not_take_a_lost_txn_for_arrived() {
 }
 
 #[test]
+fn a_change_that_was_taken_back_is_found_in_a_folder_that_moved_since() {
+    for file in ["u/x/cur/mail", "u/x/mail"] {
+        let mut rig = started(&["u/x/cur"]);
+        fs::write(rig.root.join(file), b"first").unwrap();
+        rig.settle();
+        rig.keep();
+        rig.unacked = 9;
+        let before = rig.sent.len();
+        fs::OpenOptions::new().append(true).open(rig.root.join(file)).unwrap().write_all(b" and second").unwrap();
+        rig.until("sent", |r| r.sent.len() > before && r.engine.sets.is_clean());
+        rig.disconnect();
+        fs::rename(rig.root.join("u/x"), rig.root.join("u/y")).unwrap();
+        (0..5).for_each(|_| rig.turn());
+        rig.forget(); // The standby was killed before it had the change.
+        rig.unacked = 0;
+        rig.connect();
+        rig.settle();
+        rig.check();
+    }
+}
+
+#[test]
 fn a_name_seen_before_its_inode_changed_under_another_name_is_looked_at_again() {
     let mut rig = started(&["u"]);
     fs::write(rig.root.join("u/a"), b"one").unwrap();

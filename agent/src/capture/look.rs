@@ -19,7 +19,7 @@ use twinbox_resync::manifest::Large;
 use twinbox_resync::plan::{Body, Found, Seen};
 use twinbox_resync::rows::Row;
 
-use crate::sys::{Probe, lease_probe};
+use crate::sys::Probe;
 use crate::tree::{self, Root};
 
 /// Files up to this size are read where they are found; larger ones by the bulk thread, so that they hold nobody up.
@@ -152,7 +152,7 @@ fn try_look(
     {
         return Ok(Look::Seen(found(tree::xattrs(file.as_fd(), false)?, hash, Body::Unread), None));
     }
-    let probe = lease_probe(file.as_fd());
+    let probe = root.probe(file.as_fd());
     *writer = Some(probe == Probe::Writer);
     let unfinished = known.unfinished.is_some_and(|(quiet, closed)| may_be_unfinished(before.st_size as u64, quiet, closed));
     if probe != Probe::Quiet && (known.quiet_only || unfinished) {
@@ -170,7 +170,7 @@ fn try_look(
     let xattrs = tree::xattrs(file.as_fd(), false)?;
     let after = rfs::fstat(&file)?;
     let late = probe != Probe::Quiet && tree::local(&after).ctime >= known.boundary;
-    if !tree::same_stat(&before, &after) || late || (probe == Probe::Quiet && lease_probe(file.as_fd()) != Probe::Quiet) {
+    if !tree::same_stat(&before, &after) || late || (probe == Probe::Quiet && root.probe(file.as_fd()) != Probe::Quiet) {
         return Ok(Look::Unstable { writer: probe == Probe::Writer });
     }
     let (hash, tree) = if bytes.len() <= INLINE_MAX && (bytes.len() as u64) < PATCH_MIN {

@@ -155,6 +155,8 @@ pub struct CaptureStatus {
     pub watches: u64,
     /// Overflows of the kernel's queue since start.
     pub overflows: u64,
+    /// What the store's file system cannot prove.
+    pub warnings: Vec<String>,
     /// Paths that could not be read, and why.
     pub unreadable: BTreeMap<RelPath, String>,
     /// Since when unprotected.

@@ -152,7 +152,11 @@ impl Engine {
             // Its last acknowledgements were lost on the way.
             self.handle_durable(position.lsn)?;
         }
-        for path in self.view.handle_restart() {
+        let undone = self.view.handle_restart();
+        if !undone.is_empty() {
+            self.distrust_renames();
+        }
+        for path in undone {
             self.mark(&path, true, true, false);
         }
         self.flights.clear();
@@ -278,6 +282,9 @@ impl Engine {
         let done = self.view.replace(|manifest| manifest.commit(from));
         done.map_err(|e| self.view.manifest().state_error(&e))?;
         self.outbox.handle_restart(from);
+        if !pull.paths.is_empty() {
+            self.distrust_renames();
+        }
         for path in pull.paths {
             self.mark(&path, true, true, false);
         }

@@ -99,6 +99,7 @@ fn status(job: &Job, message: String, done: Option<&Done>) -> MirrorStatus {
         watches: Watches::default(),
         fuzzy_cuts: 0,
         stalled: None,
+        warnings: vec![],
         unreadable: Unreadable::default(),
         lost_metadata: BTreeMap::new(),
         sync: done.map(|done| SyncProgress {

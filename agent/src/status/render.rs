@@ -166,6 +166,9 @@ fn trouble(lines: &mut Vec<String>, mirror: &MirrorStatus) {
     for (kind, paths) in mirror.lost_metadata.iter().filter(|(_, paths)| **paths > 0) {
         lines.push(format!("! {} not carried over on {}", plain(kind), count(*paths, "path")));
     }
+    for warning in &mirror.warnings {
+        lines.push(format!("! {}", plain(warning)));
+    }
     if mirror.fuzzy_cuts > 0 {
         lines.push(format!("! {} committed while a file was still changing", count(mirror.fuzzy_cuts, "cut")));
     }
