@@ -322,14 +322,20 @@ impl View {
         if self.manifest.in_transaction() { self.manifest.commit(position).map_err(|e| store(&e)) } else { Ok(()) }
     }
 
-    /// Forgets what is in flight; gives the paths concerned, to be looked at again.
-    pub fn handle_restart(&mut self) -> Vec<RelPath> {
+    /// Forgets what is in flight; gives the paths that each txn changed, to be looked at again.
+    pub fn handle_restart(&mut self) -> BTreeMap<Lsn, Vec<RelPath>> {
         self.hashes.clear();
         self.inos.clear();
         self.retire.clear();
         self.undo.clear();
         self.digest = self.manifest.digest();
-        std::mem::take(&mut self.overlay).into_keys().collect()
+        let mut undone: BTreeMap<Lsn, Vec<RelPath>> = BTreeMap::new();
+        for (path, versions) in std::mem::take(&mut self.overlay) {
+            for (lsn, _) in versions {
+                undone.entry(lsn).or_default().push(path.clone());
+            }
+        }
+        undone
     }
 }
 

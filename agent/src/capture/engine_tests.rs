@@ -39,6 +39,8 @@ pub(super) struct Rig {
     objects: BTreeSet<u64>,
     /// Inodes the standby made.
     inodes: u64,
+    /// One of these is there after every txn, if there are any.
+    somewhere: Vec<&'static str>,
     /// What the standby is told that the primary has stored,
     pub(super) stored: Lsn,
     /// and that it needs no more.
@@ -106,6 +108,7 @@ impl Rig {
             inodes: 0,
             stored: Lsn::ZERO,
             unstaged: vec![],
+            somewhere: vec![],
         }
     }
 
@@ -186,6 +189,8 @@ impl Rig {
                     }
                 }
                 if let Some(seal) = frame.seal {
+                    let there = |path: &&str| self.replica.row(&p(path)).unwrap().is_some();
+                    assert!(self.somewhere.is_empty() || self.somewhere.iter().any(there), "nowhere at {}", frame.lsn);
                     assert_eq!(self.replica.digest(), seal.digest);
                     self.sent.push_back(frame.lsn);
                 }
@@ -481,6 +486,37 @@ fn a_change_that_was_taken_back_is_found_in_a_folder_that_moved_since() {
         rig.connect();
         rig.settle();
         rig.check();
+    }
+}
+
+#[test]
+fn a_message_moved_between_groups_is_never_nowhere_though_its_txn_was_lost_or_nobody_saw_it_move() {
+    for (from, to) in [("a/x", "b/x"), ("b/x", "a/x")] {
+        for seen in [false, true] {
+            let mut rig = started(&["a", "b"]);
+            fs::write(rig.root.join(from), b"mail").unwrap();
+            rig.settle();
+            rig.keep();
+            rig.somewhere = vec![from, to];
+            rig.unacked = 9;
+            let before = rig.sent.len();
+            if seen {
+                fs::rename(rig.root.join(from), rig.root.join(to)).unwrap();
+                rig.until("sent", |r| r.sent.len() > before && r.engine.sets.is_clean());
+            }
+            rig.disconnect();
+            if !seen {
+                fs::rename(rig.root.join(from), rig.root.join(to)).unwrap();
+                rig.engine.boundary().unwrap();
+                rig.engine.sets.clear();
+                rig.engine.compare = true;
+            }
+            rig.forget();
+            rig.unacked = 0;
+            rig.connect();
+            rig.settle();
+            rig.check();
+        }
     }
 }
 

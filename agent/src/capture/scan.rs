@@ -230,6 +230,11 @@ impl Engine {
         let row = if self.sets.origin(&path) == listing.origin.join(&item.name).unwrap_or_default() { row } else { None };
         if row.is_none_or(|row| !unchanged(&row, &stat)) {
             self.mark(&path, false, true, false);
+            // It may have been moved here while nobody watched: it must not be gone there before it is here.
+            for other in self.view.by_ino(stat.st_ino)? {
+                let (here, there) = (self.group_of(&path, false), self.group_of(&other, false));
+                self.sets.join(&here, &there);
+            }
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 //!
 //! Invariant: what was in flight when a session ended is either found durable by the next hello, or dirty again.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -14,6 +15,7 @@ use twinbox_protocol::msg::{Hello, Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
 
+use super::dirty::Group;
 use super::engine::{CaptureError, Engine};
 use super::messages::{BulkMessage, Command, Step, ToLink};
 use super::pulse::CANARY_EVERY;
@@ -156,8 +158,15 @@ impl Engine {
         if !undone.is_empty() {
             self.distrust_renames();
         }
-        for path in undone {
-            self.mark(&path, true, true, false);
+        for paths in undone.into_values() {
+            // What was one txn is one again: a message it moved is never nowhere.
+            let groups: BTreeSet<Group> = paths.iter().map(|path| self.group_of_marked(path)).collect();
+            for (a, b) in groups.iter().zip(groups.iter().skip(1)) {
+                self.sets.join(a, b);
+            }
+            for path in paths {
+                self.mark(&path, true, true, false);
+            }
         }
         self.flights.clear();
         if let Ok(mut recent) = self.recent.lock() {
