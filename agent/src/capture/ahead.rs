@@ -215,22 +215,22 @@ impl Engine {
                 self.bulk.misses.insert(id, miss);
             }
         } else {
-            self.read(id, path, outcome);
+            self.read(id, path, outcome)?;
         }
         self.dispatch()
     }
 
-    fn read(&mut self, id: JobId, path: RelPath, outcome: Outcome) {
+    fn read(&mut self, id: JobId, path: RelPath, outcome: Outcome) -> Result<(), CaptureError> {
         match outcome {
             Outcome::Read { seen, large, staged: false, torn } => {
-                self.arrived(Awaiting { id, path, seen, large, torn });
+                self.arrived(Awaiting { id, path, seen, large, torn })?;
             }
             Outcome::Read { seen, large, staged: true, torn } => {
                 let hash = if let Seen::Present(found) = &seen { found.entry.hash() } else { None };
-                let Some(hash) = hash else { return };
+                let Some(hash) = hash else { return Ok(()) };
                 let awaiting = Awaiting { id, path, seen, large, torn };
                 if self.bulk.staged_early.remove(&hash) {
-                    self.arrived(awaiting);
+                    self.arrived(awaiting)?;
                 } else if self.bulk.incomplete_early.remove(&hash) {
                     self.send_whole(awaiting.id, awaiting.path);
                 } else {
@@ -239,7 +239,7 @@ impl Engine {
             }
             Outcome::Unreadable(error) => {
                 self.cannot_read(&path, error);
-                self.arrived(Awaiting { id, path, seen: Seen::Skip, large: None, torn: false });
+                self.arrived(Awaiting { id, path, seen: Seen::Skip, large: None, torn: false })?;
             }
             Outcome::Unstable | Outcome::Cut => {
                 self.close(&path, id);
@@ -250,19 +250,26 @@ impl Engine {
                 }
             }
         }
+        Ok(())
     }
 
     /// An observation is complete. It counts, unless an event came for its path.
-    fn arrived(&mut self, awaiting: Awaiting) {
+    fn arrived(&mut self, awaiting: Awaiting) -> Result<(), CaptureError> {
         let Awaiting { id, path, seen, large, torn } = awaiting;
         self.close(&path, id);
         self.note_ahead(&path, &seen, large.as_ref().map(|(large, _)| large));
         let group = self.group_of_marked(&path);
         if self.sets.group(&group).staging.get(&path) != Some(&id) {
-            return;
+            return Ok(());
         }
         if torn {
-            return self.mark(&path, true, false, false);
+            self.mark(&path, true, false, false);
+            return Ok(());
+        }
+        if let Seen::Present(found) = &seen {
+            let row = self.view.row(&self.sets.origin(&path))?;
+            self.note_in_place(found, row.as_ref())?;
+            self.other_names(&group, &path, found, row.as_ref())?;
         }
         self.sets.group(&group).staging.remove(&path);
         match large {
@@ -273,6 +280,7 @@ impl Engine {
             self.unreadable.remove(&path);
         }
         self.sets.captured(&group, path, seen);
+        Ok(())
     }
 
     fn note_ahead(&mut self, path: &RelPath, seen: &Seen, large: Option<&Large>) {
@@ -318,7 +326,11 @@ impl Engine {
         }
         self.bulk.misses.retain(|_, miss| !(miss.read && miss.arrived));
         match self.bulk.awaiting.remove(&hash) {
-            Some(all) => all.into_iter().for_each(|awaiting| self.arrived(awaiting)),
+            Some(all) => {
+                for awaiting in all {
+                    self.arrived(awaiting)?;
+                }
+            }
             None if asked => {} // An answer to the standby: nobody here waits for it.
             // The standby was quicker than the thread's own report.
             None => {

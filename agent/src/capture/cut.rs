@@ -60,11 +60,16 @@ impl Engine {
         if !self.can_cut() || !(overdue || self.sets.has_work(now)) {
             return Ok(false);
         }
+        if self.unsaved_incomplete {
+            self.set_incomplete()?;
+            self.unsaved_incomplete = false;
+        }
         let boundary = self.root.surely_before(wall());
         self.boundary()?;
         if !self.can_cut() {
             return Ok(true); // The events asked for a comparison first.
         }
+        self.meanwhile();
         // A write under another name, or into a mapping, raises no event: what is open for writing is compared, event or not.
         let work: Vec<RelPath> =
             self.writers.keys().filter(|path| !self.sets.group_is_clean(&self.group_of(path, false))).cloned().collect();
@@ -94,10 +99,14 @@ impl Engine {
             taken.extend(unit.iter().cloned());
             units.push(unit);
         }
-        for dir in &parents {
-            self.barrier(dir);
+        self.meanwhile();
+        // Renames of directories above, too, hold the locks of theirs.
+        for dir in super::engine::above(parents.iter()) {
+            self.barrier(&dir);
         }
+        self.meanwhile();
         self.boundary()?;
+        self.meanwhile();
         self.pulse.enter(Stage::Commit);
         let (mut again, mut committed, mut judged) = (false, false, BTreeSet::new());
         for unit in units {
@@ -197,6 +206,7 @@ impl Engine {
                 self.sets.put_back(name, path, mark);
                 continue;
             }
+            self.meanwhile();
             *files += 1;
             if let Some(parent) = path.parent() {
                 parents.insert(parent);
@@ -211,6 +221,7 @@ impl Engine {
         let now = Instant::now();
         if self.config.selection.excludes(path.as_bytes(), self.watch.at(&path).is_some()) {
             // Exclusions changed: what the standby has of it goes.
+            self.unreadable.remove(&path);
             self.sets.captured(name, path, Seen::Absent);
             return Ok(0);
         }
@@ -292,7 +303,7 @@ impl Engine {
 
     /// An event comes under one name of an inode: when the inode changed, its other names are looked at too, and cut together, because on the standby they change together.
     /// A name that only came, moved or went changes nothing under the others: mail delivered to many users as links must not make one unit of all of them.
-    fn other_names(&mut self, name: &[u8], path: &RelPath, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
+    pub(super) fn other_names(&mut self, name: &[u8], path: &RelPath, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
         if found.nlink < 2 || found.entry.is_dir() || row.is_some_and(|row| row.entry == found.entry && row.local == Some(found.local)) {
             return Ok(());
         }
@@ -319,7 +330,7 @@ impl Engine {
     }
 
     /// Another content of the same inode: after a power cut its times cannot be trusted.
-    fn note_in_place(&mut self, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
+    pub(super) fn note_in_place(&mut self, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
         let changed = |row: &&Row| {
             row.local.is_some_and(|local| local.ino == found.local.ino)
                 && row.entry.hash().is_some()
@@ -348,6 +359,10 @@ impl Engine {
                 // What moved between these groups is still one txn.
                 for (a, b) in unit.iter().zip(unit.iter().skip(1)) {
                     self.sets.join(a, b);
+                }
+                if let Some(first) = unit.first() {
+                    let needs = self.group_of_marked(&path);
+                    self.sets.join(first, &needs);
                 }
                 for moved in hints.into_iter().map(|h| h.to).chain(self.sets.distrust()).chain([path.clone()]) {
                     self.mark(&moved, true, true, false);

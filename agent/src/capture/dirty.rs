@@ -58,8 +58,10 @@ pub struct GroupState {
     pub since: Option<Instant>,
     /// Bytes held in `captured`.
     pub bytes: usize,
-    /// Last round that was committed.
+    /// Last round that was committed; a group made anew has nothing that is older than the round it was made in.
     pub cut: u64,
+    /// Last round that looked at it from the beginning.
+    began: u64,
 }
 
 /// A rename seen.
@@ -119,13 +121,19 @@ impl DirtySets {
     /// Whether every path of the group that was dirty when the round began has been captured since, and none of them touched.
     #[must_use]
     pub fn is_round_whole(&self, name: &[u8]) -> bool {
-        self.groups.get(name).is_none_or(|g| !g.spoiled && g.staging.is_empty() && g.dirty.values().all(|mark| mark.round >= self.round))
+        let whole = |g: &GroupState| !g.spoiled && g.staging.is_empty() && g.dirty.values().all(|mark| mark.round >= self.round);
+        self.groups.get(name).is_none_or(|g| whole(g) && self.has_begun(g))
+    }
+
+    /// What was captured before belongs to this round, with the renames it rests on.
+    fn has_begun(&self, state: &GroupState) -> bool {
+        state.began == self.round || state.captured.is_empty()
     }
 
     /// Whether a cut of these groups now would take renames along.
     #[must_use]
     pub fn has_renames(&self, names: &BTreeSet<Group>) -> bool {
-        names.iter().filter_map(|name| self.groups.get(name)).any(|g| g.frozen > 0)
+        names.iter().filter_map(|name| self.groups.get(name)).any(|g| g.frozen > 0 || !self.has_begun(g))
     }
 
     /// Whether a path is to be looked at.
@@ -230,7 +238,7 @@ impl DirtySets {
     /// A group's state, made when it has none.
     pub fn group(&mut self, name: &[u8]) -> &mut GroupState {
         if !self.groups.contains_key(name) {
-            self.groups.insert(name.to_vec(), GroupState::default());
+            self.groups.insert(name.to_vec(), GroupState { cut: self.round, ..GroupState::default() });
         }
         self.groups.entry(name.to_vec()).or_default()
     }
@@ -313,20 +321,29 @@ impl DirtySets {
         self.groups.get(group).is_some_and(|g| g.staging.contains_key(path) || g.captured.get(path).is_some_and(read))
     }
 
-    /// Takes a path out of a group in every form; whether its content may have changed.
-    pub fn withdraw(&mut self, group: &[u8], path: &RelPath) -> bool {
-        if !self.groups.contains_key(group) {
-            return false;
+    /// Takes a path out of a group in every form: whether its content may have changed, and since which round; `None` when it was not in it.
+    pub fn withdraw(&mut self, group: &[u8], path: &RelPath) -> Option<(bool, u64)> {
+        let held = self.holds_content(group, path);
+        let state = self.groups.get_mut(group)?;
+        let mut seen = false;
+        if let Some(old) = state.captured.remove(path) {
+            state.bytes -= weight(&old).min(state.bytes);
+            seen = true;
         }
-        let mut content = self.holds_content(group, path);
-        content |= self.take(group, path).is_some_and(|mark| mark.content);
-        let state = self.group(group);
-        if let Some(seen) = state.captured.remove(path) {
-            state.bytes -= weight(&seen).min(state.bytes);
-            state.spoiled = true;
+        seen |= state.staging.remove(path).is_some();
+        state.spoiled |= seen;
+        let mark = self.take(group, path);
+        (seen || mark.is_some()).then(|| (held || mark.is_some_and(|m| m.content), mark.map_or(self.round, |m| m.round)))
+    }
+
+    /// A path that is marked was dirty in an earlier round already, in another place: a cut that does not read it, of a group that it came to, is none.
+    pub fn backdate(&mut self, group: &[u8], path: &RelPath, round: u64) {
+        if let Some(state) = self.groups.get_mut(group)
+            && let Some(mark) = state.dirty.get_mut(path)
+        {
+            mark.round = mark.round.min(round);
+            state.cut = state.cut.min(round);
         }
-        state.spoiled |= state.staging.remove(path).is_some();
-        content
     }
 
     /// Paths that are seen or being read, and not committed.
@@ -416,14 +433,26 @@ impl DirtySets {
         }
     }
 
-    /// A rename was seen: what was known of the old name belongs to the new one.
-    pub fn renamed(&mut self, from: (&[u8], &RelPath), to: (&[u8], &RelPath), is_dir: bool, now: Instant) {
+    /// A rename was seen: what was known of the old name belongs to the new one; `group_of` says in which group a path below it is.
+    pub fn renamed(
+        &mut self,
+        from: (&[u8], &RelPath),
+        to: (&[u8], &RelPath),
+        is_dir: bool,
+        now: Instant,
+        group_of: impl Fn(&RelPath) -> Group,
+    ) {
         let read = self.holds_content(from.0, from.1);
-        let (content, scan) = self.take(from.0, from.1).map_or((false, false), |mark| (mark.content, mark.scan));
+        let old = self.take(from.0, from.1);
+        let (content, scan) = old.map_or((false, false), |mark| (mark.content, mark.scan));
         self.mark(from.0, from.1, false, false, false, now);
         self.mark(to.0, to.1, content || read, scan, false, now);
+        if let Some(old) = old {
+            self.backdate(from.0, from.1, old.round);
+            self.backdate(to.0, to.1, old.round);
+        }
         if is_dir {
-            self.move_below(from.1, to.1, to.0, now);
+            self.move_below(from.1, to.1, to.0, now, group_of);
         }
         self.move_origins(from.1, to.1);
         if from.0 != to.0 {
@@ -477,17 +506,17 @@ impl DirtySets {
         self.origins.insert(to.clone(), origin);
     }
 
-    /// Everything dirty or captured below `from` is dirty below `to`; `group` is the one of `to`.
-    fn move_below(&mut self, from: &RelPath, to: &RelPath, group: &[u8], now: Instant) {
+    /// Everything dirty or captured below `from` is dirty below `to`; `group` is the one of `to`, with which all of it is cut.
+    fn move_below(&mut self, from: &RelPath, to: &RelPath, group: &[u8], now: Instant, group_of: impl Fn(&RelPath) -> Group) {
         let Some((low, high)) = from.below() else { return };
         let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
-        let mut moved = vec![];
+        let (mut moved, round) = (vec![], self.round);
         for state in self.groups.values_mut() {
             let dirty: Vec<RelPath> = state.dirty.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in dirty {
-                let (content, scan) = state.dirty.remove(&path).map_or((false, false), |m| (m.content, m.scan));
+                let Some(mark) = state.dirty.remove(&path) else { continue };
                 self.count -= 1;
-                moved.push((path, content, scan));
+                moved.push((path, mark.content, mark.scan, mark.round));
             }
             let captured: Vec<RelPath> = state.captured.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in captured {
@@ -495,18 +524,21 @@ impl DirtySets {
                     state.bytes -= weight(&seen).min(state.bytes);
                 }
                 state.spoiled = true;
-                moved.push((path, true, false));
+                moved.push((path, true, false, round));
             }
             let staging: Vec<RelPath> = state.staging.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in staging {
                 state.staging.remove(&path);
                 state.spoiled = true;
-                moved.push((path, true, false));
+                moved.push((path, true, false, round));
             }
         }
-        for (path, content, scan) in moved {
+        for (path, content, scan, round) in moved {
             if let Some(new) = path.rebase(from, to) {
-                self.mark(group, &new, content, scan, false, now);
+                let own = group_of(&new);
+                self.mark(&own, &new, content, scan, false, now);
+                self.backdate(&own, &new, round);
+                self.join(group, &own);
             }
         }
     }
@@ -557,8 +589,10 @@ impl DirtySets {
 
     /// A round begins: the renames seen so far belong to its cut.
     pub fn freeze(&mut self, name: &[u8]) {
+        let round = self.round;
         let state = self.group(name);
         state.frozen = state.hints.len();
+        state.began = round;
         state.spoiled = false;
         state.rounds += 1;
     }
@@ -632,6 +666,10 @@ mod tests {
         RelPath::new(text.as_bytes()).unwrap()
     }
 
+    fn renamed(sets: &mut DirtySets, from: (&[u8], &RelPath), to: (&[u8], &RelPath), is_dir: bool, now: Instant) {
+        sets.renamed(from, to, is_dir, now, |path| path.as_bytes().split(|b| *b == b'/').next().unwrap().to_vec());
+    }
+
     #[test]
     fn an_event_voids_the_observation_and_spoils_the_round() {
         let (mut sets, now) = (DirtySets::default(), Instant::now());
@@ -648,8 +686,8 @@ mod tests {
         let (mut sets, now) = (DirtySets::default(), Instant::now());
         sets.mark(b"a", &p("a/d/x"), true, false, false, now);
         sets.captured(b"a", p("a/d/y"), Seen::Absent);
-        sets.renamed((b"a", &p("a/m")), (b"a", &p("a/d/m")), false, now);
-        sets.renamed((b"a", &p("a/d")), (b"b", &p("b/d")), true, now);
+        renamed(&mut sets, (b"a", &p("a/m")), (b"a", &p("a/d/m")), false, now);
+        renamed(&mut sets, (b"a", &p("a/d")), (b"b", &p("b/d")), true, now);
         let b: Vec<_> = sets.group(b"b").dirty.iter().map(|(path, m)| (path.to_string(), m.content)).collect();
         assert_eq!(b, [("b/d".into(), false), ("b/d/m".into(), false), ("b/d/x".into(), true), ("b/d/y".into(), true)]);
         assert_eq!(sets.origin(&p("b/d/m")), p("a/m"));
@@ -667,7 +705,7 @@ mod tests {
         sets.freeze(b"a");
         sets.take(b"a", &p("a/other"));
         sets.captured(b"a", p("a/other"), Seen::Absent);
-        sets.renamed((b"a", &p("a/x")), (b"b", &p("b/y")), false, now);
+        renamed(&mut sets, (b"a", &p("a/x")), (b"b", &p("b/y")), false, now);
         let unit = sets.closure(b"a");
         assert!(unit.iter().all(|name| sets.is_round_whole(name)));
         let (seen, hints, _) = sets.commit(&unit);
@@ -691,23 +729,23 @@ mod tests {
         assert!(sets.group(b"g").dirty[&x].content, "a write, then utimes: the second event does not take back the first");
         let (y, seen) = file("g/y");
         sets.captured(b"g", y.clone(), seen);
-        sets.renamed((b"g", &y), (b"g", &p("g/z")), false, now);
+        renamed(&mut sets, (b"g", &y), (b"g", &p("g/z")), false, now);
         assert!(sets.group(b"g").dirty[&p("g/z")].content, "a write, then a rename");
         sets.group(b"g").staging.insert(p("g/s"), 1);
-        sets.renamed((b"g", &p("g/s")), (b"g", &p("g/t")), false, now);
+        renamed(&mut sets, (b"g", &p("g/s")), (b"g", &p("g/t")), false, now);
         assert!(sets.group(b"g").dirty[&p("g/t")].content, "read ahead, then a rename");
         sets.mark(b"g", &p("g/u"), false, true, false, now);
-        sets.renamed((b"g", &p("g/u")), (b"g", &p("g/v")), false, now);
+        renamed(&mut sets, (b"g", &p("g/u")), (b"g", &p("g/v")), false, now);
         assert!(sets.group(b"g").dirty[&p("g/v")].scan, "found by a comparison, then a rename");
     }
 
     #[test]
     fn committed_renames_are_no_origins_any_more_and_those_left_start_from_the_new_rows() {
         let (mut sets, now) = (DirtySets::default(), Instant::now());
-        sets.renamed((b"a", &p("a/d")), (b"a", &p("a/e")), true, now);
+        renamed(&mut sets, (b"a", &p("a/d")), (b"a", &p("a/e")), true, now);
         sets.freeze(b"a");
-        sets.renamed((b"a", &p("a/e")), (b"a", &p("a/f")), true, now);
-        sets.renamed((b"b", &p("b/x")), (b"b", &p("b/y")), false, now);
+        renamed(&mut sets, (b"a", &p("a/e")), (b"a", &p("a/f")), true, now);
+        renamed(&mut sets, (b"b", &p("b/x")), (b"b", &p("b/y")), false, now);
         assert_eq!(sets.origin(&p("a/f/m")), p("a/d/m"));
         sets.commit(&[b"a".to_vec()].into());
         assert_eq!(sets.origin(&p("a/f/m")), p("a/e/m"), "the first rename is in the rows now");
@@ -721,7 +759,7 @@ mod tests {
     fn a_thing_that_wanders_is_one_rename() {
         let (mut sets, now) = (DirtySets::default(), Instant::now());
         let step = |sets: &mut DirtySets, from: &str, to: &str| {
-            sets.renamed((&from.as_bytes()[..1], &p(from)), (&to.as_bytes()[..1], &p(to)), false, now);
+            renamed(sets, (&from.as_bytes()[..1], &p(from)), (&to.as_bytes()[..1], &p(to)), false, now);
         };
         for _ in 0..1000 {
             step(&mut sets, "a/x", "b/x");
@@ -751,8 +789,8 @@ mod tests {
         sets.freeze(b"a");
         sets.take(b"a", &p("a/other"));
         sets.captured(b"a", p("a/other"), Seen::Absent);
-        sets.renamed((b"a", &p("a/x")), (b"b", &p("b/x")), false, now);
-        sets.renamed((b"b", &p("b/x")), (b"c", &p("c/x")), false, now);
+        renamed(&mut sets, (b"a", &p("a/x")), (b"b", &p("b/x")), false, now);
+        renamed(&mut sets, (b"b", &p("b/x")), (b"c", &p("c/x")), false, now);
         let unit = sets.closure(b"a");
         assert_eq!(unit.len(), 3);
         sets.commit(&unit);
@@ -760,11 +798,69 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_captured_in_a_round_is_not_the_next_ones_because_it_was_renamed() {
+        for dir in [false, true] {
+            let (mut sets, now) = (DirtySets::default(), Instant::now());
+            sets.mark(b"u", &p("u/d/log"), true, false, false, now);
+            let asked = sets.round();
+            sets.start_round();
+            sets.freeze(b"u");
+            let mark = sets.take(b"u", &p("u/d/log")).unwrap();
+            sets.put_back(b"u", p("u/d/log"), mark); // A writer has it open.
+            if dir {
+                renamed(&mut sets, (b"u", &p("u/d")), (b"v", &p("v/d")), true, now);
+                assert!(!sets.has_cut(&p("v"), asked), "it came there from before");
+                assert!(!sets.is_round_whole(b"v"));
+            } else {
+                renamed(&mut sets, (b"u", &p("u/d/log")), (b"u", &p("u/d/log.2")), false, now);
+                assert!(!sets.is_round_whole(b"u"), "it was dirty at the boundary and has not been read");
+            }
+        }
+    }
+
+    #[test]
+    fn a_group_the_round_did_not_begin_with_is_not_cut_in_it() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        renamed(&mut sets, (b"g", &p("g/d")), (b"g", &p("g/e")), true, now);
+        sets.start_round();
+        sets.freeze(b"g");
+        for path in ["g/d", "g/e"] {
+            sets.take(b"g", &p(path));
+            sets.captured(b"g", p(path), Seen::Absent);
+        }
+        sets.thaw(b"g"); // It waited for a bulk object, which is here now.
+        sets.mark(b"h", &p("h/1"), true, false, false, now);
+        sets.start_round();
+        sets.freeze(b"h"); // The round had no room for g.
+        sets.take(b"h", &p("h/1"));
+        sets.captured(b"h", p("h/1"), Seen::Absent);
+        renamed(&mut sets, (b"g", &p("g/m")), (b"h", &p("h/m")), false, now);
+        let unit = sets.closure(b"h");
+        assert!(!unit.iter().all(|name| sets.is_round_whole(name)) && sets.has_renames(&unit), "its rename would be left behind");
+    }
+
+    #[test]
+    fn a_group_that_is_dirty_anew_has_cut_what_was_there_before() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        sets.mark(b"a", &p("a/1"), true, false, false, now);
+        let asked = sets.round();
+        sets.start_round();
+        sets.freeze(b"a");
+        sets.take(b"a", &p("a/1"));
+        sets.captured(b"a", p("a/1"), Seen::Absent);
+        let unit = sets.closure(b"a");
+        sets.commit(&unit);
+        sets.note_cut(&unit);
+        sets.mark(b"a", &p("a/2"), true, false, false, now);
+        assert!(sets.has_cut_all(asked), "else a fence over everything waits for a moment at which nobody gets mail");
+    }
+
+    #[test]
     fn renames_across_groups_are_committed_in_the_order_they_were_seen() {
         let (mut sets, now) = (DirtySets::default(), Instant::now());
-        sets.renamed((b"a", &p("a/d")), (b"b", &p("b/t")), true, now);
-        sets.renamed((b"b", &p("b/d")), (b"a", &p("a/d")), true, now);
-        sets.renamed((b"b", &p("b/t")), (b"b", &p("b/d")), true, now);
+        renamed(&mut sets, (b"a", &p("a/d")), (b"b", &p("b/t")), true, now);
+        renamed(&mut sets, (b"b", &p("b/d")), (b"a", &p("a/d")), true, now);
+        renamed(&mut sets, (b"b", &p("b/t")), (b"b", &p("b/d")), true, now);
         let unit = sets.closure(b"a");
         unit.iter().for_each(|name| sets.freeze(name));
         let to: Vec<String> = sets.commit(&unit).1.iter().map(|h| h.to.to_string()).collect();

@@ -154,6 +154,8 @@ impl Drop for Capture {
 /// First half of a rename.
 pub(super) struct HalfRename {
     pub(super) path: RelPath,
+    /// The directory it left.
+    dir: i32,
     pub(super) is_dir: bool,
     pub(super) excluded: bool,
     /// The directory's watch, when it is one: by the time we know that it left, another may have its place.
@@ -172,6 +174,8 @@ pub(super) struct Engine {
     pub(super) scan: Scan,
     pub(super) session: Option<Session>,
     pub(super) complete: bool,
+    /// `complete` was taken back and that is not stored yet: nothing may be shipped before.
+    pub(super) unsaved_incomplete: bool,
     /// Compare the whole root when a session begins.
     pub(super) compare: bool,
     /// Too much was dirty: marks are not kept, the root is compared instead.
@@ -219,6 +223,9 @@ pub(super) struct Engine {
     next_sweep: Option<Instant>,
     /// Groups in which directories came, moved or went: compared once more when that has been over for a while.
     rechecks: BTreeMap<Group, Instant>,
+    /// A simulation's mail server: works in the middle of our steps.
+    #[cfg(test)]
+    meanwhile: Option<Box<dyn FnMut() + Send>>,
 }
 
 /// How long a group's directories must have been at rest before it is compared once more.
@@ -283,6 +290,7 @@ impl Engine {
             halves: BTreeMap::new(),
             scan: Scan::default(),
             session: None,
+            unsaved_incomplete: false,
             compare: true,
             collapsed: false,
             recent: Arc::default(),
@@ -316,6 +324,8 @@ impl Engine {
             writers_at: now,
             published_at: now,
             rechecks: BTreeMap::new(),
+            #[cfg(test)]
+            meanwhile: None,
             config,
         };
         if let Some(message) = damaged {
@@ -462,6 +472,19 @@ impl Engine {
         Ok(())
     }
 
+    /// A point at which the mail server may have done something since the last one.
+    #[cfg(test)]
+    pub(super) fn meanwhile(&mut self) {
+        if let Some(server) = &mut self.meanwhile {
+            server();
+        }
+    }
+
+    #[cfg(not(test))]
+    #[inline]
+    #[allow(clippy::unused_self)]
+    pub(super) fn meanwhile(&mut self) {}
+
     /// Takes what is in the queue, without waiting.
     pub(super) fn take_events(&mut self) -> Result<(), CaptureError> {
         loop {
@@ -488,9 +511,10 @@ impl Engine {
             }
             // A FROM without its TO: its rename may still be under way. Reading the source's directory waits for it.
             let open: Vec<u32> = self.halves.keys().copied().collect();
-            for half in &open {
-                let parent = self.halves.get(half).and_then(|h| h.path.parent()).unwrap_or_default();
-                self.barrier(&parent);
+            // Where that is by now: a directory above it may have been renamed between the two.
+            let parents: Vec<RelPath> = open.iter().filter_map(|half| self.watch.path(self.halves.get(half)?.dir)).collect();
+            for dir in above(parents.iter()) {
+                self.barrier(&dir);
             }
             self.until_cookie()?;
             for half in open {
@@ -547,11 +571,23 @@ impl Engine {
         let group = self.group_of_marked(path);
         // A name directly in the root is in one group as a file and in another as a directory: what was seen of it before counts no more.
         let other = self.group_of(path, self.watch.at(path).is_none());
-        let content = content | (group != other && self.sets.withdraw(&other, path));
-        self.sets.mark(&group, path, content, scan, quiet, Instant::now());
+        let old = if group == other { None } else { self.sets.withdraw(&other, path) };
+        self.sets.mark(&group, path, content | old.is_some_and(|(content, _)| content), scan, quiet, Instant::now());
+        if let Some((_, round)) = old {
+            self.sets.backdate(&group, path, round);
+        }
+        // A directory that is gone looks like a file: it goes together with what it was renamed to, or its mailbox is gone before it is there again.
+        if group != other && self.watch.at(path).is_none() && (old.is_some() || self.is_dir_in_rows(path)) {
+            self.sets.join(&group, &other);
+        }
         if self.sets.dirty_count() > self.config.dirty_max && (self.complete || self.session.is_none()) {
             self.collapse();
         }
+    }
+
+    fn is_dir_in_rows(&self, path: &RelPath) -> bool {
+        use twinbox_resync::rows::Rows;
+        self.view.row(&self.sets.origin(path)).is_ok_and(|row| row.is_some_and(|row| row.entry.is_dir()))
     }
 
     /// The group of a path whose type we do not know for sure: a watched directory is one.
@@ -569,6 +605,7 @@ impl Engine {
         if self.session.is_some() {
             // Too much for one cut: go on as in a first sync, in batches, and say so.
             self.complete = false;
+            self.unsaved_incomplete = true;
             self.scan.push(RelPath::root());
         } else {
             self.collapsed = true;
@@ -613,7 +650,9 @@ impl Engine {
         let names = ReadFlags::CREATE | ReadFlags::DELETE | ReadFlags::MOVED_FROM | ReadFlags::MOVED_TO;
         if is_dir && !excluded && event.mask.intersects(names) {
             let group = self.group_of(&path, true);
-            self.rechecks.insert(group, Instant::now() + RECHECK_AFTER);
+            if self.complete {
+                self.rechecks.insert(group, Instant::now() + RECHECK_AFTER);
+            }
         }
         if event.mask.intersects(names) {
             self.mark(&dir, false, false, true);
@@ -623,7 +662,7 @@ impl Engine {
                 self.mark(&path, false, false, false);
             }
             let wd = self.watch.at(&path).filter(|_| is_dir);
-            self.halves.insert(event.cookie, HalfRename { path, is_dir, excluded, wd });
+            self.halves.insert(event.cookie, HalfRename { path, dir: event.wd, is_dir, excluded, wd });
         } else if event.mask.contains(ReadFlags::MOVED_TO) {
             match self.halves.remove(&event.cookie) {
                 Some(half) => self.renamed(&half, &path, excluded),
@@ -649,6 +688,13 @@ impl Engine {
         Ok(())
     }
 
+    /// A directory is to be compared; not when everything will be.
+    fn push_scan(&mut self, dir: RelPath) {
+        if !self.compare || self.session.is_some() {
+            self.scan.push(dir);
+        }
+    }
+
     /// What was seen below a directory was seen below another one: a comparison need not find it different from the rows, and they move with the one that comes.
     fn void_below(&mut self, dir: &RelPath) {
         for path in self.sets.observed_below(dir) {
@@ -660,7 +706,7 @@ impl Engine {
         self.mark(path, true, false, false);
         if is_dir {
             self.void_below(path);
-            self.scan.push(path.clone());
+            self.push_scan(path.clone());
         }
     }
 
@@ -687,7 +733,9 @@ impl Engine {
             if from.is_dir {
                 self.void_below(to);
             }
-            self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now());
+            let (grouping, watch) = (&self.config.grouping, &self.watch);
+            let group_of = |path: &RelPath| grouping.group_of(path.as_bytes(), watch.at(path).is_some()).to_vec();
+            self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now(), group_of);
             for (path, _) in self.larges.extract_if(|path, _| path.is_within(&from.path)).collect::<Vec<_>>() {
                 drop(path); // Belongs to an observation that is void now.
             }
@@ -700,7 +748,9 @@ impl Engine {
         }
         if from.is_dir {
             self.scan.moved(&from.path, to);
-            self.scan.push(to.clone());
+            // Two directories that were exchanged: what we believed to be there was displaced, and the disk decides.
+            self.push_scan(from.path.clone());
+            self.push_scan(to.clone());
         }
     }
 
@@ -723,6 +773,8 @@ impl Engine {
             self.mark(&half.path, false, false, false);
             if half.is_dir {
                 self.void_below(&half.path);
+                // What we forgot may have been its successor, listed before these events.
+                self.push_scan(half.path.clone());
             }
         }
     }
@@ -787,6 +839,19 @@ impl Engine {
     }
 }
 
+/// Some directories and all above them.
+pub(super) fn above<'a>(dirs: impl Iterator<Item = &'a RelPath>) -> BTreeSet<RelPath> {
+    let mut all = BTreeSet::new();
+    for dir in dirs {
+        let mut at = Some(dir.clone());
+        while let Some(dir) = at.filter(|dir| !all.contains(dir)) {
+            at = dir.parent();
+            all.insert(dir);
+        }
+    }
+    all
+}
+
 /// Seconds since 1970, for names of files set aside.
 pub(super) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
@@ -820,6 +885,10 @@ mod tests {
 #[cfg(test)]
 #[path = "engine_tests.rs"]
 mod turns;
+
+#[cfg(test)]
+#[path = "sim_tests.rs"]
+mod sim;
 
 #[cfg(test)]
 #[path = "fence_tests.rs"]

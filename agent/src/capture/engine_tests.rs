@@ -166,6 +166,7 @@ impl Rig {
         assert!(engine.commands().unwrap());
         engine.take_events().unwrap();
         engine.scan_some().unwrap();
+        engine.note_listed();
         engine.timers().unwrap();
         engine.round().unwrap();
         engine.finish_first_sync().unwrap();
@@ -518,6 +519,112 @@ fn a_message_moved_between_groups_is_never_nowhere_though_its_txn_was_lost_or_no
             rig.check();
         }
     }
+}
+
+#[test]
+fn a_users_directory_renamed_is_never_nowhere_though_it_is_compared_before_it_is_cut() {
+    let mut rig = started(&["x"]);
+    fs::write(rig.root.join("x/mail"), b"mail").unwrap();
+    rig.settle();
+    rig.somewhere = vec!["x/mail", "y/mail"];
+    rig.stage = false;
+    fs::write(rig.root.join("x/big"), big()).unwrap();
+    fs::rename(rig.root.join("x"), rig.root.join("y")).unwrap();
+    rig.until("y waits", |r| r.engine.sets.groups().any(|(_, g)| g.staging.contains_key(&p("y/big"))));
+    rig.engine.rechecks.values_mut().for_each(|at| *at = Instant::now()); // Two seconds later.
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_users_directory_renamed_while_nobody_watched_is_never_nowhere() {
+    for (from, to) in [("a", "c"), ("c", "a")] {
+        let mut rig = started(&[from]);
+        let (old, new) = (format!("{from}/x"), format!("{to}/x"));
+        fs::write(rig.root.join(&old), b"mail").unwrap();
+        rig.settle();
+        rig.somewhere = vec!["a/x", "c/x"];
+        rig.disconnect();
+        fs::rename(rig.root.join(from), rig.root.join(to)).unwrap();
+        rig.engine.boundary().unwrap();
+        rig.engine.sets.clear();
+        rig.engine.compare = true;
+        rig.connect();
+        rig.settle();
+        rig.check();
+        assert!(rig.has(&new));
+    }
+}
+
+#[test]
+fn a_large_file_changed_under_one_name_is_changed_under_the_other() {
+    let mut rig = started(&["u"]);
+    fs::write(rig.root.join("u/a"), big()).unwrap();
+    fs::hard_link(rig.root.join("u/a"), rig.root.join("u/b")).unwrap();
+    rig.settle();
+    rig.check();
+    fs::OpenOptions::new().append(true).open(rig.root.join("u/a")).unwrap().write_all(b"more").unwrap();
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn two_folders_exchanged_are_both_followed() {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    let mut rig = started(&["u/a", "u/b"]);
+    fs::write(rig.root.join("u/a/1"), b"one").unwrap();
+    fs::write(rig.root.join("u/b/2"), b"two").unwrap();
+    rig.settle();
+    renameat_with(CWD, rig.root.join("u/a"), CWD, rig.root.join("u/b"), RenameFlags::EXCHANGE).unwrap();
+    rig.settle();
+    rig.check();
+    fs::write(rig.root.join("u/b/3"), b"three").unwrap();
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_domain_that_is_renamed_takes_the_groups_below_it_along() {
+    let mut rig = started(&["d/u"]);
+    rig.engine.config.grouping = Grouping::new(vec!["*/*".parse().unwrap()]);
+    rig.stage = false;
+    fs::write(rig.root.join("d/u/big"), big()).unwrap();
+    rig.until("being read", |r| r.engine.sets.groups().any(|(_, g)| !g.staging.is_empty()));
+    fs::rename(rig.root.join("d"), rig.root.join("e")).unwrap();
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_collapse_is_remembered_over_a_restart() {
+    let mut rig = started(&["u"]);
+    rig.engine.config.dirty_max = 10;
+    (0..50).for_each(|n| fs::write(rig.root.join(format!("u/{n}")), b"1").unwrap());
+    rig.engine.boundary().unwrap();
+    assert!(!rig.engine.complete);
+    rig.until("part of it is shipped", |r| r.has("u/0") || r.engine.complete);
+    let stored = NodeState::open(&rig.dir.path().join("state")).unwrap().mirror("m").unwrap().unwrap();
+    assert_eq!(stored.complete, rig.engine.complete);
+}
+
+#[test]
+fn a_folder_listed_before_the_events_that_brought_it_stays_watched() {
+    let mut rig = started(&["u/a", "u/c"]);
+    let (a, c) = (rig.root.join("u/a"), rig.root.join("u/c"));
+    fs::rename(&a, rig.dir.path().join("outside")).unwrap();
+    fs::rename(&c, &a).unwrap();
+    rig.engine.scan.push(p("u/a"));
+    rig.engine.scan_some().unwrap(); // The disk is ahead of the events.
+    rig.engine.take_events().unwrap();
+    while rig.engine.scan_some().unwrap() {}
+    rig.settle();
+    fs::write(a.join("mail"), b"mail").unwrap();
+    rig.settle();
+    rig.check();
 }
 
 #[test]

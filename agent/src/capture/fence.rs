@@ -8,9 +8,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use rustix::fs::FileType;
 use tokio::sync::oneshot;
 use twinbox_protocol::ids::Lsn;
 use twinbox_protocol::path::RelPath;
+use twinbox_resync::rows::Rows;
 
 use super::dirty::Group;
 use super::engine::{CaptureError, Engine};
@@ -19,6 +21,9 @@ use super::engine::{CaptureError, Engine};
 const HELD_ON: Duration = Duration::from_secs(10);
 /// Longest time an application may hold a group at once.
 pub const HOLD_MAX: Duration = Duration::from_secs(600);
+
+/// With more dirty paths than this nobody looks for their other names.
+const DIRTY_SEARCHED: usize = 2000;
 
 /// What a caller waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -89,6 +94,8 @@ pub(super) struct Waiter {
     until: Until,
     wait: bool,
     reply: Reply,
+    /// Too much was dirty to find out what concerns it: it waits for all of it.
+    all: bool,
     /// Registered: the last round begun before.
     pub(super) round: Option<u64>,
     /// No directory that appeared before it is still to be listed.
@@ -137,12 +144,21 @@ impl Engine {
     /// Everything that is dirty now, applied.
     pub(super) fn wait_for_sync(&mut self, reply: oneshot::Sender<()>) {
         let reply = Reply::Sync(reply);
-        self.waiters.push(Waiter { paths: vec![], until: Until::Applied, wait: true, reply, round: None, listed: false, at: None });
+        self.waiters.push(Waiter {
+            paths: vec![],
+            until: Until::Applied,
+            wait: true,
+            reply,
+            all: false,
+            round: None,
+            listed: false,
+            at: None,
+        });
     }
 
     pub(super) fn fence(&mut self, request: FenceRequest) {
         let FenceRequest { paths, until, wait, reply } = request;
-        self.waiters.push(Waiter { paths, until, wait, reply: Reply::Fence(reply), round: None, listed: false, at: None });
+        self.waiters.push(Waiter { paths, until, wait, reply: Reply::Fence(reply), all: false, round: None, listed: false, at: None });
     }
 
     /// What callers waited for may be dirty again, or in other groups.
@@ -178,9 +194,10 @@ impl Engine {
         let mut whole = BTreeMap::new();
         for mut waiter in std::mem::take(&mut self.waiters) {
             if let (None, Some(round), true) = (waiter.at, waiter.round, waiter.listed) {
-                let done = match waiter.paths.as_slice() {
-                    [] => *whole.entry(round).or_insert_with(|| self.sets.has_cut_all(round)),
-                    paths => paths.iter().all(|path| self.sets.has_cut(path, round)),
+                let done = if waiter.all || waiter.paths.is_empty() {
+                    *whole.entry(round).or_insert_with(|| self.sets.has_cut_all(round))
+                } else {
+                    waiter.paths.iter().all(|path| self.sets.has_cut(path, round))
                 };
                 waiter.at = done.then_some(last);
             }
@@ -213,6 +230,7 @@ impl Engine {
             self.check_writer(&path)?;
         }
         self.boundary()?;
+        self.mark_other_names()?;
         if !self.is_protected() {
             return Ok(());
         }
@@ -227,6 +245,30 @@ impl Engine {
         Ok(())
     }
 
+    /// A change under a name that is not asked about changes its other names, which may be: they are found when it is looked at, and that may be later.
+    fn mark_other_names(&mut self) -> Result<(), CaptureError> {
+        let new = || self.waiters.iter().filter(|waiter| waiter.round.is_none());
+        if new().all(|waiter| waiter.paths.is_empty()) {
+            return Ok(());
+        }
+        let dirty: Vec<RelPath> =
+            self.sets.groups().flat_map(|(_, g)| g.dirty.iter().filter(|(_, m)| !m.quiet)).map(|(path, _)| path.clone()).collect();
+        if dirty.len() > DIRTY_SEARCHED {
+            self.waiters.iter_mut().filter(|waiter| waiter.round.is_none()).for_each(|waiter| waiter.all = true);
+            return Ok(());
+        }
+        for path in dirty {
+            let Some(local) = self.view.row(&self.sets.origin(&path))?.and_then(|row| row.local) else { continue };
+            for other in self.view.by_ino(local.ino)? {
+                let group = self.group_of_marked(&other);
+                if other != path && !self.sets.is_dirty(&group, &other) {
+                    self.mark(&other, false, true, false);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn unreadable_below(&self, paths: &[RelPath]) -> Option<NotFenced> {
         let concerns = |path: &RelPath| paths.is_empty() || paths.iter().any(|p| path.is_within(p) || p.is_within(path));
         let (path, (why, _)) = self.unreadable.iter().find(|(path, _)| concerns(path))?;
@@ -236,7 +278,7 @@ impl Engine {
     /// Begins a declared txn of the group that `path` is in.
     pub(super) fn begin_txn(&mut self, path: RelPath, time: Duration, reply: Begun) {
         let now = Instant::now();
-        let group = self.group_of_marked(&path);
+        let group = self.group_to_hold(&path);
         let since = *self.holds.since.entry(group.clone()).or_insert(now);
         if now.duration_since(since) >= HELD_ON && !self.sets.group_is_clean(&group) {
             self.holds.later.push((path, time, reply));
@@ -250,10 +292,16 @@ impl Engine {
         self.settle_holds();
     }
 
+    /// What is not there, or was just made, is about to be a directory.
+    fn group_to_hold(&self, path: &RelPath) -> Group {
+        let is_file = matches!(self.root.stat(path), Ok(Some(stat)) if FileType::from_raw_mode(stat.st_mode) != FileType::Directory);
+        self.group_of(path, !is_file)
+    }
+
     /// Lifts the hold `id`, or the only one of the group that `path` is in; gives the group's name as a path.
     pub(super) fn end_txn(&mut self, id: Option<u64>, path: Option<&RelPath>) -> Result<RelPath, NoTxn> {
-        let group = path.map(|path| self.group_of_marked(path));
-        let fits = |(at, hold): &(&u64, &Hold)| id.is_none_or(|id| id == **at) && group.as_ref().is_none_or(|g| *g == hold.group);
+        let groups = path.map(|path| [true, false].map(|is_dir| self.group_of(path, is_dir)));
+        let fits = |(at, hold): &(&u64, &Hold)| id.is_none_or(|id| id == **at) && groups.as_ref().is_none_or(|g| g.contains(&hold.group));
         let open: Vec<u64> = self.holds.open.iter().filter(fits).map(|(id, _)| *id).collect();
         let id = match open[..] {
             [] => return Err(NoTxn::Expired),

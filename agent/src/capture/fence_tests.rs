@@ -192,6 +192,39 @@ fn what_an_application_declares_arrives_as_one_txn() {
 }
 
 #[test]
+fn a_txn_of_a_user_that_is_made_in_it_arrives_whole() {
+    let mut rig = started(&["v"]);
+    let _id = begin(&mut rig, "u", Duration::from_secs(60)).try_recv().unwrap();
+    fs::create_dir(rig.root.join("u")).unwrap();
+    fs::write(rig.root.join("u/1"), b"mail").unwrap();
+    (0..20).for_each(|_| rig.turn());
+    assert!(!rig.has("u/1"), "held");
+    assert!(end(&mut rig, None, Some("u")).is_ok());
+    rig.settle();
+    rig.check();
+}
+
+#[test]
+fn a_fence_covers_a_change_made_under_another_name_of_the_file() {
+    let mut rig = started(&["u", "v"]);
+    fs::write(rig.root.join("u/m"), b"one").unwrap();
+    fs::hard_link(rig.root.join("u/m"), rig.root.join("v/m")).unwrap();
+    rig.settle();
+    // Written to under v, which is held: that it is u's, too, is not seen by looking at it.
+    let _id = begin(&mut rig, "v", Duration::from_secs(60)).try_recv().unwrap();
+    fs::OpenOptions::new().append(true).open(rig.root.join("v/m")).unwrap().write_all(b" and two").unwrap();
+    let mut answer = fence(&mut rig, "u", false);
+    for _ in 0..20 {
+        rig.turn();
+        assert!(answer.try_recv().is_err(), "the standby has the old bytes under u");
+    }
+    assert!(end(&mut rig, None, Some("v")).is_ok());
+    assert!(answered(&mut rig, answer).is_ok());
+    rig.settle();
+    rig.check();
+}
+
+#[test]
 fn an_application_that_died_holds_nothing_for_ever() {
     let mut rig = started(&["u"]);
     let id = begin(&mut rig, "u", Duration::from_millis(60)).try_recv().unwrap();

@@ -102,7 +102,9 @@ impl Engine {
                 return Ok(None);
             }
         };
+        self.meanwhile();
         let wd = self.watch.add(fd.as_fd())?;
+        self.meanwhile();
         if !dir.is_root() {
             let parent = dir.parent().unwrap_or_default();
             match self.watch.at(&parent) {
@@ -200,6 +202,7 @@ impl Engine {
         let row = listing.rows.next_if(|(name, _)| *name == item.name).map(|(_, row)| row);
         let Some(path) = listing.dir.join(&item.name) else { return Ok(()) };
         self.scan.looked_at += 1;
+        self.meanwhile();
         let stat = match rfs::statat(&listing.fd, item.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
             Err(Errno::NOENT) => {

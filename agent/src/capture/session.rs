@@ -206,7 +206,7 @@ impl Engine {
         })
     }
 
-    fn set_incomplete(&mut self) -> Result<(), CaptureError> {
+    pub(super) fn set_incomplete(&mut self) -> Result<(), CaptureError> {
         self.complete = false;
         Ok(self.node.set_complete(&self.config.name, false)?)
     }
