@@ -7,11 +7,11 @@
 //!
 //! Invariant: every staged object is either named by a txn, kept in `ahead` for a path that is still pending, or let go (`Unstage`).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use twinbox_protocol::ids::ContentHash;
+use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Large;
 use twinbox_resync::plan::{Body, Seen};
@@ -72,13 +72,24 @@ pub(super) struct Bulk {
     running: BTreeMap<JobId, usize>,
     open: BTreeMap<RelPath, JobId>,
     ahead: BTreeMap<RelPath, Ahead>,
-    pub(super) awaiting: HashMap<ContentHash, Vec<Awaiting>>,
-    /// Contents the standby has staged before the thread reported them; at most one for each job under way.
-    staged_early: BTreeSet<ContentHash>,
-    /// The same of those it could not put together.
-    incomplete_early: BTreeSet<ContentHash>,
+    /// Staged objects that txns in flight name.
+    named: BTreeMap<ContentHash, Lsn>,
+    /// The standby says one word for each object; several of one content are told apart by nobody, and need not be.
+    pub(super) awaiting: HashMap<ContentHash, VecDeque<Awaiting>>,
+    /// Words of the standby that came before the thread's report: staged or not, at most one for each job under way.
+    early: HashMap<ContentHash, VecDeque<bool>>,
     misses: BTreeMap<JobId, Miss>,
     last_id: JobId,
+}
+
+/// Takes the oldest of a content.
+fn pop<T>(queues: &mut HashMap<ContentHash, VecDeque<T>>, hash: ContentHash) -> Option<T> {
+    let queue = queues.get_mut(&hash)?;
+    let first = queue.pop_front();
+    if queue.is_empty() {
+        queues.remove(&hash);
+    }
+    first
 }
 
 impl Bulk {
@@ -90,9 +101,9 @@ impl Bulk {
             running: BTreeMap::new(),
             open: BTreeMap::new(),
             ahead: BTreeMap::new(),
+            named: BTreeMap::new(),
             awaiting: HashMap::new(),
-            staged_early: BTreeSet::new(),
-            incomplete_early: BTreeSet::new(),
+            early: HashMap::new(),
             misses: BTreeMap::new(),
             last_id: 0,
         }
@@ -113,9 +124,9 @@ impl Bulk {
         self.queues.iter_mut().for_each(VecDeque::clear);
         self.open.clear();
         self.ahead.clear();
+        self.named.clear();
         self.awaiting.clear();
-        self.staged_early.clear();
-        self.incomplete_early.clear();
+        self.early.clear();
         self.misses.clear();
     }
 
@@ -124,9 +135,12 @@ impl Bulk {
         self.last_id
     }
 
+    /// What is left when there is nothing to do, which should be nothing.
     #[cfg(test)]
-    pub(super) fn is_idle(&self) -> bool {
-        self.open.is_empty() && self.ahead.is_empty() && self.awaiting.is_empty() && self.running.is_empty()
+    pub(super) fn left(&self) -> Option<String> {
+        let (open, ahead) = (&self.open, self.ahead.keys().collect::<Vec<_>>());
+        let left = (!open.is_empty() || !ahead.is_empty()).then(|| format!("open {open:?} ahead {ahead:?}"));
+        left.or_else(|| (!self.awaiting.is_empty()).then(|| format!("awaiting {:?}", self.awaiting.keys())))
     }
 }
 
@@ -229,12 +243,10 @@ impl Engine {
                 let hash = if let Seen::Present(found) = &seen { found.entry.hash() } else { None };
                 let Some(hash) = hash else { return Ok(()) };
                 let awaiting = Awaiting { id, path, seen, large, torn };
-                if self.bulk.staged_early.remove(&hash) {
-                    self.arrived(awaiting)?;
-                } else if self.bulk.incomplete_early.remove(&hash) {
-                    self.send_whole(awaiting.id, awaiting.path);
-                } else {
-                    self.bulk.awaiting.entry(hash).or_default().push(awaiting);
+                match pop(&mut self.bulk.early, hash) {
+                    Some(true) => self.arrived(awaiting)?,
+                    Some(false) => self.send_whole(awaiting.id, awaiting.path),
+                    None => self.bulk.awaiting.entry(hash).or_default().push_back(awaiting),
                 }
             }
             Outcome::Unreadable(error) => {
@@ -295,23 +307,43 @@ impl Engine {
         }
     }
 
-    /// The path is committed, as it was staged, changed since, or otherwise.
-    pub(super) fn drop_ahead(&mut self, path: &RelPath, seen: &Seen) {
-        let Some(ahead) = self.bulk.ahead.remove(path) else { return };
-        let used = match seen {
-            Seen::Present(found) => match &found.body {
-                Body::Patch { base, .. } => *base == ahead.hash,
-                _ => found.entry.hash() == Some(ahead.hash),
-            },
-            _ => false,
-        };
-        if !used {
-            self.unstage(ahead.hash);
+    /// These paths are committed by the txn `lsn`, as they were staged, changed since, or otherwise.
+    pub(super) fn drop_ahead(&mut self, seen: &BTreeMap<RelPath, Seen>, lsn: Lsn) {
+        for seen in seen.values() {
+            let Seen::Present(found) = seen else { continue };
+            let named = match &found.body {
+                Body::Patch { base, ahead: Some(_), .. } => Some(*base),
+                Body::Staged => found.entry.hash(),
+                _ => None,
+            };
+            self.bulk.named.extend(named.map(|hash| (hash, lsn)));
         }
+        let dropped: Vec<Ahead> = seen.keys().filter_map(|path| self.bulk.ahead.remove(path)).collect();
+        dropped.into_iter().for_each(|ahead| self.unstage(ahead.hash));
+    }
+
+    /// What was staged for a path is staged for its new name; for what was there before, in vain.
+    pub(super) fn ahead_moved(&mut self, from: &RelPath, to: &RelPath) {
+        let mut dropped: Vec<Ahead> = self.bulk.ahead.extract_if(.., |path, _| path.is_within(to)).map(|(_, ahead)| ahead).collect();
+        let moved: Vec<(RelPath, Ahead)> = self.bulk.ahead.extract_if(.., |path, _| path.is_within(from)).collect();
+        for (path, ahead) in moved {
+            match path.rebase(from, to) {
+                Some(new) => drop(self.bulk.ahead.insert(new, ahead)),
+                None => dropped.push(ahead),
+            }
+        }
+        dropped.into_iter().for_each(|ahead| self.unstage(ahead.hash));
+    }
+
+    /// Txns up to `lsn` are durable.
+    pub(super) fn named_until(&mut self, lsn: Lsn) {
+        self.bulk.named.retain(|_, at| *at > lsn);
     }
 
     fn unstage(&mut self, hash: ContentHash) {
-        let wanted = self.bulk.awaiting.contains_key(&hash) || self.bulk.ahead.values().any(|ahead| ahead.hash == hash);
+        let wanted = self.bulk.awaiting.contains_key(&hash)
+            || self.bulk.named.contains_key(&hash)
+            || self.bulk.ahead.values().any(|ahead| ahead.hash == hash);
         if let (false, Some(session)) = (wanted, &self.session) {
             let _ = session.out.send(ToLink::Unstage(hash)); // A closed queue means the session is ending.
         }
@@ -320,22 +352,15 @@ impl Engine {
     /// The standby has a content staged.
     pub(super) fn staged(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
         self.heard();
-        let mut asked = false;
-        for miss in self.bulk.misses.values_mut().filter(|miss| miss.hash == hash) {
-            (asked, miss.arrived) = (true, true);
-        }
-        self.bulk.misses.retain(|_, miss| !(miss.read && miss.arrived));
-        match self.bulk.awaiting.remove(&hash) {
-            Some(all) => {
-                for awaiting in all {
-                    self.arrived(awaiting)?;
-                }
-            }
-            None if asked => {} // An answer to the standby: nobody here waits for it.
-            // The standby was quicker than the thread's own report.
-            None => {
-                self.bulk.staged_early.insert(hash);
-            }
+        // An answer to the standby: nobody here waits for it.
+        let asked = self.bulk.misses.values_mut().find(|miss| miss.hash == hash && !miss.arrived);
+        if let Some(miss) = asked {
+            miss.arrived = true;
+            self.bulk.misses.retain(|_, miss| !(miss.read && miss.arrived));
+        } else if let Some(awaiting) = pop(&mut self.bulk.awaiting, hash) {
+            self.arrived(awaiting)?;
+        } else {
+            self.bulk.early.entry(hash).or_default().push_back(true);
         }
         self.dispatch()
     }
@@ -343,11 +368,9 @@ impl Engine {
     /// The standby cannot put an object together: what it should copy from is not there.
     pub(super) fn incomplete(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
         self.heard();
-        match self.bulk.awaiting.remove(&hash) {
-            Some(all) => all.into_iter().for_each(|awaiting| self.send_whole(awaiting.id, awaiting.path)),
-            None => {
-                self.bulk.incomplete_early.insert(hash);
-            }
+        match pop(&mut self.bulk.awaiting, hash) {
+            Some(awaiting) => self.send_whole(awaiting.id, awaiting.path),
+            None => self.bulk.early.entry(hash).or_default().push_back(false),
         }
         self.dispatch()
     }

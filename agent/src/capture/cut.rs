@@ -365,21 +365,21 @@ impl Engine {
                     self.sets.join(first, &needs);
                 }
                 for moved in hints.into_iter().map(|h| h.to).chain(self.sets.distrust()).chain([path.clone()]) {
-                    self.mark(&moved, true, true, false);
+                    self.mark_again(&moved);
                     if moved == path || self.watch.at(&moved).is_some() {
                         self.scan.push(moved);
                     }
                 }
                 for path in seen.into_keys() {
                     self.larges.remove(&path);
-                    self.mark(&path, true, true, false);
+                    self.mark_again(&path);
                 }
                 return Ok(true);
             }
         };
+        self.drop_ahead(&seen, lsn);
         let mut flags = flags | if self.complete { 0 } else { FLAG_INITIAL };
         for (path, seen) in &mut seen {
-            self.drop_ahead(path, seen);
             match seen {
                 Seen::Skip => flags |= FLAG_PARTIAL,
                 Seen::Present(found) => {
@@ -403,6 +403,13 @@ impl Engine {
         }
         self.ship(ops, flags, since);
         Ok(true)
+    }
+
+    /// What could not be committed has been dirty for as long as before: whoever waits for it still does.
+    fn mark_again(&mut self, path: &RelPath) {
+        self.mark(path, true, true, false);
+        let group = self.group_of_marked(path);
+        self.sets.backdate(&group, path, 0);
     }
 
     fn remember(&mut self, path: &RelPath, found: &Found) -> Result<(), CaptureError> {
@@ -505,6 +512,7 @@ impl Engine {
                 self.applied_at = now; // Only now there is something to be applied.
             }
             self.durable = done.position.lsn;
+            self.named_until(self.durable);
             self.view.handle_durable(done.position)?;
             let local = self.disk.durable();
             self.view.prune_before(local)?;

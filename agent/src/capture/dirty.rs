@@ -142,6 +142,13 @@ impl DirtySets {
         self.groups.get(group).is_some_and(|g| g.dirty.contains_key(path))
     }
 
+    /// Whether a path has something to do in a group.
+    #[must_use]
+    pub fn is_pending(&self, group: &[u8], path: &RelPath) -> bool {
+        let holds = |g: &GroupState| g.dirty.contains_key(path) || g.captured.contains_key(path) || g.staging.contains_key(path);
+        self.groups.get(group).is_some_and(holds)
+    }
+
     /// Whether a group has nothing to do.
     #[must_use]
     pub fn group_is_clean(&self, name: &[u8]) -> bool {

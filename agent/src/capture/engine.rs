@@ -570,30 +570,27 @@ impl Engine {
         }
         let group = self.group_of_marked(path);
         // A name directly in the root is in one group as a file and in another as a directory: what was seen of it before counts no more.
-        let other = self.group_of(path, self.watch.at(path).is_none());
-        let old = if group == other { None } else { self.sets.withdraw(&other, path) };
+        let other = [true, false].map(|is_dir| self.group_of(path, is_dir)).into_iter().find(|other| *other != group);
+        let old = other.and_then(|other| self.sets.withdraw(&other, path));
         self.sets.mark(&group, path, content | old.is_some_and(|(content, _)| content), scan, quiet, Instant::now());
         if let Some((_, round)) = old {
             self.sets.backdate(&group, path, round);
-        }
-        // A directory that is gone looks like a file: it goes together with what it was renamed to, or its mailbox is gone before it is there again.
-        if group != other && self.watch.at(path).is_none() && (old.is_some() || self.is_dir_in_rows(path)) {
-            self.sets.join(&group, &other);
         }
         if self.sets.dirty_count() > self.config.dirty_max && (self.complete || self.session.is_none()) {
             self.collapse();
         }
     }
 
-    fn is_dir_in_rows(&self, path: &RelPath) -> bool {
-        use twinbox_resync::rows::Rows;
-        self.view.row(&self.sets.origin(path)).is_ok_and(|row| row.is_some_and(|row| row.entry.is_dir()))
-    }
-
-    /// The group of a path whose type we do not know for sure: a watched directory is one.
+    /// The group of a path whose type we do not know for sure. A watched directory is one. One that is gone is looked at where it was: with what it was renamed to, or its mailbox would be gone
+    /// before it is there again.
     pub(super) fn group_of_marked(&self, path: &RelPath) -> Group {
-        let is_dir = self.watch.at(path).is_some();
-        self.group_of(path, is_dir)
+        use twinbox_resync::rows::Rows;
+        let (dir, file) = (self.group_of(path, true), self.group_of(path, false));
+        if dir == file || self.watch.at(path).is_some() || self.sets.is_pending(&dir, path) {
+            return dir;
+        }
+        let was_dir = || self.view.row(&self.sets.origin(path)).is_ok_and(|row| row.is_some_and(|row| row.entry.is_dir()));
+        if !self.sets.is_pending(&file, path) && was_dir() { dir } else { file }
     }
 
     fn collapse(&mut self) {
@@ -733,6 +730,7 @@ impl Engine {
             if from.is_dir {
                 self.void_below(to);
             }
+            self.ahead_moved(&from.path, to);
             let (grouping, watch) = (&self.config.grouping, &self.watch);
             let group_of = |path: &RelPath| grouping.group_of(path.as_bytes(), watch.at(path).is_some()).to_vec();
             self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now(), group_of);

@@ -416,7 +416,7 @@ fn a_file_that_grew_while_it_was_staged_is_sent_once() {
     append(b"and another");
     rig.settle();
     rig.check();
-    assert!(rig.ended.is_empty() && rig.engine.bulk.is_idle());
+    assert!(rig.ended.is_empty() && rig.engine.bulk.left().is_none());
     assert!(rig.unstaged.is_empty(), "a txn named it");
     // What was staged for a file that is gone is let go.
     fs::write(rig.root.join("u/other"), big().split_off(5)).unwrap();

@@ -291,6 +291,7 @@ struct World {
     seen: BTreeSet<ContentHash>,
     fences: Vec<(oneshot::Receiver<Result<Lsn, NotFenced>>, BTreeMap<String, usize>)>,
     counts: BTreeMap<&'static str, usize>,
+    last_ops: Vec<String>,
 }
 
 fn p(text: &str) -> RelPath {
@@ -328,6 +329,7 @@ impl World {
             seen: BTreeSet::new(),
             fences: vec![],
             counts: BTreeMap::new(),
+            last_ops: vec![],
         };
         world.start();
         world
@@ -381,7 +383,7 @@ impl World {
         let server = self.server.clone();
         engine.meanwhile = Some(Box::new(move || {
             let mut server = server.lock().unwrap();
-            if server.left > 0 && server.rng.one_in(6) {
+            if server.left > 0 && server.rng.one_in(40) {
                 server.act();
             }
         }));
@@ -472,7 +474,7 @@ impl World {
                 self.fences.clear();
                 self.start();
             }
-            2 | 3 if self.out.is_some() => {
+            2..12 if self.out.is_some() => {
                 let (reply, answer) = oneshot::channel();
                 let at = self.server().states.iter().map(|(group, states)| (group.clone(), states.len() - 1)).collect();
                 self.command(Command::Fence(FenceRequest { paths: vec![], until: Until::Durable, wait: false, reply }));
@@ -495,7 +497,7 @@ impl World {
         }
         self.check_fences();
         let mut server = self.server();
-        if server.left > 0 && server.rng.one_in(3) {
+        if server.left > 0 && server.rng.one_in(5) {
             server.act();
         }
     }
@@ -572,9 +574,12 @@ impl World {
         self.replica.set_lsn(lsn);
         for op in &txn.ops {
             self.receive(op);
+            self.last_ops.push(format!("{lsn} {op:.150?}").chars().take(220).collect());
             perform(&mut self.replica, op).unwrap_or_else(|error| panic!("{lsn}: {error}"));
         }
         assert_eq!(self.replica.digest(), txn.digest, "digest at {lsn}");
+        let len = self.last_ops.len();
+        drop(self.last_ops.drain(..len.saturating_sub(60)));
         self.position = txn.position;
         self.chains.insert(lsn, txn.position.chain);
         self.words.push_back(Command::Durable(lsn));
@@ -636,11 +641,11 @@ impl World {
             let lost = |hash: &&ContentHash| server.messages.contains(hash) && !server.removed.contains(hash) && !here.contains(hash);
             self.seen.iter().filter(lost).copied().collect()
         };
-        assert!(nowhere.is_empty(), "messages are nowhere at {lsn}: {nowhere:?}");
         self.seen = here;
         if flags & FLAG_INITIAL != 0 {
-            return;
+            return; // The standby says itself that it is no mirror yet.
         }
+        assert!(nowhere.is_empty(), "messages are nowhere at {lsn}: {}", self.where_they_are(&nowhere));
         for group in GROUPS {
             let now = self.group(group);
             let from = self.known.get(group).copied().unwrap_or(0);
@@ -650,6 +655,14 @@ impl World {
                 None => panic!("{group} at {lsn} is in a state it never had, or in one older than before"),
             }
         }
+    }
+
+    fn where_they_are(&self, messages: &[ContentHash]) -> String {
+        let server = self.server();
+        let held = |content: &usize| messages.contains(&server.hashes[*content]);
+        let paths: Vec<&String> =
+            server.tree.iter().filter(|(_, content)| content.as_ref().is_some_and(held)).map(|(path, _)| path).collect();
+        format!("{paths:?}, the store {:#?}, the log {:#?}", &server.said[server.said.len().saturating_sub(60)..], self.last_ops)
     }
 
     fn check_fences(&mut self) {
@@ -693,14 +706,24 @@ impl World {
                 if e.complete && e.scan.is_done() && e.sets.is_clean() && e.outbox.in_flight().len() == 0 {
                     break;
                 }
-                assert!(Instant::now() < end, "does not settle: {:?}", e.sets.groups().take(3).collect::<Vec<_>>());
+                assert!(Instant::now() < end, "does not settle: {:#?}", pending(e));
             }
         }
         for group in GROUPS {
             assert_eq!(self.group(group), self.server().now(group), "{group} at the end");
         }
-        assert!(self.engine.as_ref().unwrap().bulk.is_idle(), "something staged is kept for nobody");
+        let left = self.engine.as_ref().unwrap().bulk.left();
+        assert_eq!(left, None, "something staged is kept for nobody");
     }
+}
+
+fn pending(engine: &Engine) -> Vec<String> {
+    let of = |name: &Group, g: &super::super::dirty::GroupState| {
+        let (dirty, captured) = (g.dirty.keys().collect::<Vec<_>>(), g.captured.keys().collect::<Vec<_>>());
+        let name = String::from_utf8_lossy(name).into_owned();
+        format!("{name}: dirty {dirty:?} captured {captured:?} staging {:?} hints {:?} spoiled {}", g.staging, g.hints, g.spoiled)
+    };
+    engine.sets.groups().map(|(name, g)| of(name, g)).chain(engine.bulk.left()).collect()
 }
 
 /// Adds what a segment says; `false` when its source is not here.
@@ -717,7 +740,7 @@ fn extend(bytes: &mut Vec<u8>, seg: &Seg, contents: &HashMap<ContentHash, Vec<u8
 }
 
 fn run(seed: u64) -> BTreeMap<&'static str, usize> {
-    let mut world = World::new(seed, 250);
+    let mut world = World::new(seed, 300);
     let end = Instant::now() + Duration::from_secs(60);
     while world.server().left > 0 {
         assert!(Instant::now() < end, "the server's changes do not come to an end");
