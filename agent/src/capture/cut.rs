@@ -4,7 +4,7 @@
 //! became dirty meanwhile, are the next round's; what was read and not touched need not be read again. Before the second boundary the directory of each name looked at is read once: a change of names
 //! that we may have observed holds that directory's lock until its events are queued.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
 use twinbox_protocol::entry::Time;
@@ -144,7 +144,36 @@ impl Engine {
         // Names of one inode seen at different times: an event under one of them says nothing of the others, and the manifest may not know them yet.
         let stale = if whole { self.sets.stale_links(unit) } else { vec![] };
         stale.iter().for_each(|path| self.mark(path, true, true, false));
-        whole && stale.iter().all(|path| !unit.contains(&self.group_of(path, false)))
+        whole && stale.iter().all(|path| !unit.contains(&self.group_of(path, false))) && !self.leaves_for_another(unit)
+    }
+
+    /// Whether a file that goes in this unit has a new name elsewhere that is not there yet: a move made by link and unlink is one txn, too.
+    fn leaves_for_another(&mut self, unit: &BTreeSet<Group>) -> bool {
+        if self.fresh.is_empty() || !self.complete {
+            return false;
+        }
+        let gone = |path: &RelPath| self.view.row(&self.sets.origin(path)).ok()?.filter(|row| !row.entry.is_dir())?.local;
+        let gone: HashSet<u64> = self.sets.absent(unit).filter_map(gone).map(|local| local.ino).collect();
+        if gone.is_empty() {
+            return false;
+        }
+        let mut found = vec![];
+        for (path, ino) in &mut self.fresh {
+            let group = self.config.grouping.group_of(path.as_bytes(), false).to_vec();
+            if unit.contains(&group) {
+                continue;
+            }
+            if ino.is_none() {
+                *ino = Some(self.root.stat(path).ok().flatten().map_or(0, |stat| stat.st_ino));
+            }
+            if ino.is_some_and(|ino| gone.contains(&ino)) {
+                found.push(group);
+            }
+        }
+        for group in &found {
+            unit.iter().for_each(|name| self.sets.join(name, group));
+        }
+        !found.is_empty()
     }
 
     /// For whoever wonders, at DEBUG, why mail lags: what keeps a group from being cut for longer than a second, once a second.
@@ -378,6 +407,9 @@ impl Engine {
             }
         };
         self.drop_ahead(&seen, lsn);
+        if !self.fresh.is_empty() {
+            seen.keys().for_each(|path| drop(self.fresh.remove(path)));
+        }
         let mut flags = flags | if self.complete { 0 } else { FLAG_INITIAL };
         for (path, seen) in &mut seen {
             match seen {

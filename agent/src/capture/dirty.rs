@@ -359,6 +359,12 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
     }
 
+    /// Paths of these groups that were seen to be gone.
+    pub fn absent<'a>(&'a self, names: &'a BTreeSet<Group>) -> impl Iterator<Item = &'a RelPath> {
+        let states = names.iter().filter_map(|name| self.groups.get(name));
+        states.flat_map(|g| g.captured.iter()).filter(|(_, seen)| **seen == Seen::Absent).map(|(path, _)| path)
+    }
+
     /// The same, of those below a directory.
     #[must_use]
     pub fn observed_below(&self, dir: &RelPath) -> Vec<RelPath> {

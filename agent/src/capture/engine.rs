@@ -187,6 +187,8 @@ pub(super) struct Engine {
     /// Of these the files that are mapped for writing.
     pub(super) mapped: BTreeSet<RelPath>,
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
+    /// Names of files that came and are not committed, with the inode once somebody asked.
+    pub(super) fresh: BTreeMap<RelPath, Option<u64>>,
     pub(super) bulk: Bulk,
     pub(super) waiters: Vec<Waiter>,
     pub(super) pulse: Arc<Pulse>,
@@ -298,6 +300,7 @@ impl Engine {
             writers: BTreeMap::new(),
             mapped: BTreeSet::new(),
             unreadable: BTreeMap::new(),
+            fresh: BTreeMap::new(),
             bulk,
             waiters: vec![],
             pulse: handle.pulse.clone(),
@@ -596,6 +599,7 @@ impl Engine {
     fn collapse(&mut self) {
         tracing::warn!(mirror = %self.config.name, paths = self.sets.dirty_count(), "too many changes to keep: the store will be compared instead");
         self.sets.clear();
+        self.fresh.clear();
         self.larges.clear();
         self.scan.clear();
         self.restart_waiters();
@@ -704,6 +708,8 @@ impl Engine {
         if is_dir {
             self.void_below(path);
             self.push_scan(path.clone());
+        } else if self.complete {
+            self.fresh.insert(path.clone(), None);
         }
     }
 
@@ -731,6 +737,8 @@ impl Engine {
                 self.void_below(to);
             }
             self.ahead_moved(&from.path, to);
+            let fresh: Vec<(RelPath, Option<u64>)> = self.fresh.extract_if(.., |path, _| path.is_within(&from.path)).collect();
+            self.fresh.extend(fresh.into_iter().filter_map(|(path, ino)| Some((path.rebase(&from.path, to)?, ino))));
             let (grouping, watch) = (&self.config.grouping, &self.watch);
             let group_of = |path: &RelPath| grouping.group_of(path.as_bytes(), watch.at(path).is_some()).to_vec();
             self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now(), group_of);

@@ -522,6 +522,23 @@ fn a_message_moved_between_groups_is_never_nowhere_though_its_txn_was_lost_or_no
 }
 
 #[test]
+fn a_message_moved_by_link_and_unlink_is_never_nowhere() {
+    let mut rig = started(&["a", "b"]);
+    fs::write(rig.root.join("a/x"), b"mail").unwrap();
+    rig.settle();
+    rig.somewhere = vec!["a/x", "b/x"];
+    rig.stage = false;
+    fs::write(rig.root.join("b/big"), big()).unwrap(); // b waits.
+    fs::hard_link(rig.root.join("a/x"), rig.root.join("b/x")).unwrap();
+    fs::remove_file(rig.root.join("a/x")).unwrap();
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+    assert!(rig.engine.fresh.is_empty());
+}
+
+#[test]
 fn a_users_directory_renamed_is_never_nowhere_though_it_is_compared_before_it_is_cut() {
     let mut rig = started(&["x"]);
     fs::write(rig.root.join("x/mail"), b"mail").unwrap();

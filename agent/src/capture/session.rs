@@ -105,6 +105,7 @@ impl Engine {
                 let paths: Vec<RelPath> =
                     self.sets.groups().flat_map(|(_, g)| g.dirty.keys()).cloned().chain(self.sets.observed()).collect();
                 self.sets.clear();
+                self.fresh.clear();
                 self.larges.clear();
                 paths.iter().for_each(|path| self.mark(path, true, true, false));
                 self.restart_waiters();
@@ -195,6 +196,7 @@ impl Engine {
                 done.map_err(|e| self.view.manifest().state_error(&e))?;
                 self.outbox.handle_restart(from);
                 self.sets.clear();
+                self.fresh.clear();
                 self.larges.clear();
                 self.compare = true;
                 Ok(Step::Begin { from, reset: true })
@@ -323,6 +325,7 @@ impl Engine {
         if !self.complete {
             // Nothing of a first sync is kept in memory while nobody takes it.
             self.sets.clear();
+            self.fresh.clear();
             self.scan.clear();
             self.compare = true;
         }

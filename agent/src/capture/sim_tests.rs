@@ -652,7 +652,7 @@ impl World {
             let found = self.server().states[group].iter().skip(from).position(|state| *state == now);
             match found {
                 Some(at) => drop(self.known.insert(group.into(), from + at)),
-                None => panic!("{group} at {lsn} is in a state it never had, or in one older than before"),
+                None => panic!("{group} at {lsn} is in a state it never had, or in one older than before: {}", self.where_they_are(&[])),
             }
         }
     }
