@@ -142,7 +142,15 @@ impl Engine {
         let compared = !self.complete || self.scan.is_done();
         let whole = partial || compared && unit.iter().all(|name| self.sets.is_round_whole(name));
         // Names of one inode seen at different times: an event under one of them says nothing of the others, and the manifest may not know them yet.
-        let stale = if whole { self.sets.stale_links(unit) } else { vec![] };
+        let mut stale = if whole { self.sets.stale_links(unit) } else { vec![] };
+        if whole {
+            // Nor does one under a name that is gone, or another file's, by now.
+            let changed = |(path, local): (&RelPath, _)| {
+                let now = self.root.stat(path).ok().flatten().map(|stat| crate::tree::local(&stat));
+                (now != Some(local)).then(|| path.clone())
+            };
+            stale.extend(self.sets.linked(unit).filter_map(changed));
+        }
         stale.iter().for_each(|path| self.mark(path, true, true, false));
         whole && stale.iter().all(|path| !unit.contains(&self.group_of(path, false))) && !self.leaves_for_another(unit)
     }

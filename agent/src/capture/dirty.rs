@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::plan::{Hint, Seen};
+use twinbox_resync::rows::Local;
 
 /// Name of a consistency group.
 pub type Group = Vec<u8>;
@@ -357,6 +358,21 @@ impl DirtySets {
     #[must_use]
     pub fn observed(&self) -> Vec<RelPath> {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
+    }
+
+    /// Files of these groups that were seen and have more than one name.
+    pub fn linked<'a>(&'a self, names: &'a BTreeSet<Group>) -> impl Iterator<Item = (&'a RelPath, Local)> {
+        let states = names.iter().filter_map(|name| self.groups.get(name));
+        states.flat_map(|g| g.captured.iter()).filter_map(|(path, seen)| match seen {
+            Seen::Present(found) if found.nlink > 1 && !found.entry.is_dir() => Some((path, found.local)),
+            _ => None,
+        })
+    }
+
+    /// Whether the bytes of a path are said to have changed, or were read for that.
+    #[must_use]
+    pub fn is_content_dirty(&self, group: &[u8], path: &RelPath) -> bool {
+        self.holds_content(group, path) || self.groups.get(group).and_then(|g| g.dirty.get(path)).is_some_and(|mark| mark.content)
     }
 
     /// Paths of these groups that were seen to be gone.

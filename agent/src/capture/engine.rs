@@ -658,6 +658,9 @@ impl Engine {
         if event.mask.intersects(names) {
             self.mark(&dir, false, false, true);
         }
+        if !is_dir && event.mask.intersects(ReadFlags::DELETE | ReadFlags::MOVED_TO) {
+            self.other_names_changed(&path)?;
+        }
         if event.mask.contains(ReadFlags::MOVED_FROM) {
             if !excluded {
                 self.mark(&path, false, false, false);
@@ -685,6 +688,23 @@ impl Engine {
             }
         } else {
             self.mark(&path, false, false, is_dir && event.mask.contains(ReadFlags::ATTRIB));
+        }
+        Ok(())
+    }
+
+    /// A name goes, or becomes another file's: if it was written to, its other names have changed, and no event says so.
+    fn other_names_changed(&mut self, path: &RelPath) -> Result<(), CaptureError> {
+        use twinbox_resync::rows::Rows;
+        let group = self.group_of_marked(path);
+        if !self.sets.is_content_dirty(&group, path) {
+            return Ok(());
+        }
+        if let Some(local) = self.view.row(&self.sets.origin(path))?.and_then(|row| row.local) {
+            for other in self.view.by_ino(local.ino)? {
+                if other != *path {
+                    self.mark(&other, true, true, false);
+                }
+            }
         }
         Ok(())
     }

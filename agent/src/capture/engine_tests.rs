@@ -522,6 +522,35 @@ fn a_message_moved_between_groups_is_never_nowhere_though_its_txn_was_lost_or_no
 }
 
 #[test]
+fn a_write_under_a_name_that_is_another_files_by_now_is_found_under_the_other() {
+    for known in [false, true] {
+        let mut rig = started(&["u"]);
+        let (log, link) = (rig.root.join("u/log"), rig.root.join("u/link"));
+        let write = |path: &Path, text: &str| {
+            fs::write(path.with_extension("new"), text).unwrap();
+            fs::rename(path.with_extension("new"), path).unwrap();
+        };
+        write(&log, "one");
+        if known {
+            fs::hard_link(&log, &link).unwrap();
+            rig.settle();
+        } else {
+            rig.settle();
+            rig.stage = false;
+            fs::write(rig.root.join("u/big"), big()).unwrap(); // The group waits.
+            fs::hard_link(&log, &link).unwrap();
+            rig.until("it is seen", |r| matches!(r.engine.sets.seen(b"u", &p("u/link")), Pending::Seen(Some(_))));
+        }
+        fs::OpenOptions::new().append(true).open(&log).unwrap().write_all(b" and two").unwrap();
+        write(&log, "three");
+        (0..5).for_each(|_| rig.turn());
+        rig.stage = true;
+        rig.settle();
+        rig.check();
+    }
+}
+
+#[test]
 fn a_message_moved_by_link_and_unlink_is_never_nowhere() {
     let mut rig = started(&["a", "b"]);
     fs::write(rig.root.join("a/x"), b"mail").unwrap();
