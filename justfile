@@ -24,6 +24,10 @@ demo *ARGS:
 bench *ARGS:
     cargo bench -p twinbox-benches {{ ARGS }}
 
+# The simulation, seed after seed, until stopped or until one fails.
+soak FROM="1":
+    TWINBOX_SIM_FROM={{ FROM }} TWINBOX_SIM_SEEDS=1000000 cargo test -p twinbox --lib whatever_happens -- --nocapture
+
 # Fuzz one target for some seconds (needs cargo-fuzz; RUSTC_BOOTSTRAP lets a stable toolchain instrument). See CONTRIBUTING.md.
 fuzz TARGET SECONDS="600" *ARGS:
     mkdir -p fuzz/work/{{ TARGET }}

@@ -8,6 +8,7 @@
 //! Invariant: every staged object is either named by a txn, kept in `ahead` for a path that is still pending, or let go (`Unstage`).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -80,6 +81,16 @@ pub(super) struct Bulk {
     early: HashMap<ContentHash, VecDeque<bool>>,
     misses: BTreeMap<JobId, Miss>,
     last_id: JobId,
+}
+
+/// Takes what is kept for a path and all below it.
+pub(super) fn take_within<T>(map: &mut BTreeMap<RelPath, T>, dir: &RelPath) -> Vec<(RelPath, T)> {
+    let mut paths: Vec<RelPath> = map.get_key_value(dir).map(|(path, _)| path.clone()).into_iter().collect();
+    if let Some((low, high)) = dir.below() {
+        let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
+        paths.extend(map.range::<[u8], _>(bounds).map(|(path, _)| path.clone()));
+    }
+    paths.into_iter().filter_map(|path| map.remove_entry(&path)).collect()
 }
 
 /// Takes the oldest of a content.
@@ -324,9 +335,8 @@ impl Engine {
 
     /// What was staged for a path is staged for its new name; for what was there before, in vain.
     pub(super) fn ahead_moved(&mut self, from: &RelPath, to: &RelPath) {
-        let mut dropped: Vec<Ahead> = self.bulk.ahead.extract_if(.., |path, _| path.is_within(to)).map(|(_, ahead)| ahead).collect();
-        let moved: Vec<(RelPath, Ahead)> = self.bulk.ahead.extract_if(.., |path, _| path.is_within(from)).collect();
-        for (path, ahead) in moved {
+        let mut dropped: Vec<Ahead> = take_within(&mut self.bulk.ahead, to).into_iter().map(|(_, ahead)| ahead).collect();
+        for (path, ahead) in take_within(&mut self.bulk.ahead, from) {
             match path.rebase(from, to) {
                 Some(new) => drop(self.bulk.ahead.insert(new, ahead)),
                 None => dropped.push(ahead),

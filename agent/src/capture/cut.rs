@@ -34,6 +34,8 @@ const BULK_SETTLE: Duration = Duration::from_millis(50);
 const BULK_SETTLE_MAX: Duration = Duration::from_secs(5);
 /// A file that is being read ahead is looked at when that is over; this only says when nobody came to say so.
 const OPEN_WAIT: Duration = Duration::from_millis(250);
+/// With more new names than this nobody looks whether a file that goes is one of them.
+const FRESH_SEARCHED: usize = 2000;
 /// Txns in flight at most.
 const FLIGHTS_MAX: usize = 4096;
 /// LSNs reserved at a time.
@@ -157,7 +159,7 @@ impl Engine {
 
     /// Whether a file that goes in this unit has a new name elsewhere that is not there yet: a move made by link and unlink is one txn, too.
     fn leaves_for_another(&mut self, unit: &BTreeSet<Group>) -> bool {
-        if self.fresh.is_empty() || !self.complete {
+        if self.fresh.is_empty() || self.fresh.len() > FRESH_SEARCHED || !self.complete {
             return false;
         }
         let gone = |path: &RelPath| self.view.row(&self.sets.origin(path)).ok()?.filter(|row| !row.entry.is_dir())?.local;
@@ -416,7 +418,9 @@ impl Engine {
         };
         self.drop_ahead(&seen, lsn);
         if !self.fresh.is_empty() {
-            seen.keys().for_each(|path| drop(self.fresh.remove(path)));
+            for path in seen.keys() {
+                self.fresh.remove(path);
+            }
         }
         let mut flags = flags | if self.complete { 0 } else { FLAG_INITIAL };
         for (path, seen) in &mut seen {

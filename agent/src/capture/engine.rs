@@ -757,7 +757,7 @@ impl Engine {
                 self.void_below(to);
             }
             self.ahead_moved(&from.path, to);
-            let fresh: Vec<(RelPath, Option<u64>)> = self.fresh.extract_if(.., |path, _| path.is_within(&from.path)).collect();
+            let fresh = super::ahead::take_within(&mut self.fresh, &from.path);
             self.fresh.extend(fresh.into_iter().filter_map(|(path, ino)| Some((path.rebase(&from.path, to)?, ino))));
             let (grouping, watch) = (&self.config.grouping, &self.watch);
             let group_of = |path: &RelPath| grouping.group_of(path.as_bytes(), watch.at(path).is_some()).to_vec();

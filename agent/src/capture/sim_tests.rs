@@ -275,6 +275,9 @@ struct Received {
     digest: twinbox_protocol::digest::Digest,
 }
 
+/// The answer, and at which state each group was when it was asked for.
+type Fence = (oneshot::Receiver<Result<Lsn, NotFenced>>, BTreeMap<String, usize>);
+
 struct World {
     dir: tempfile::TempDir,
     engine: Option<Engine>,
@@ -295,7 +298,7 @@ struct World {
     lives: u8,
     known: BTreeMap<String, usize>,
     seen: BTreeSet<ContentHash>,
-    fences: Vec<(oneshot::Receiver<Result<Lsn, NotFenced>>, BTreeMap<String, usize>)>,
+    fences: Vec<Fence>,
     counts: BTreeMap<&'static str, usize>,
     last_ops: Vec<String>,
 }
@@ -782,7 +785,7 @@ fn whatever_happens_the_standby_is_in_a_state_the_store_had() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let (first, count) = match number("TWINBOX_SIM_SEED") {
         Some(seed) => (seed, 1),
-        None => (number("TWINBOX_SIM_FROM").unwrap_or(1), number("TWINBOX_SIM_SEEDS").unwrap_or(20)),
+        None => (number("TWINBOX_SIM_FROM").unwrap_or(1), number("TWINBOX_SIM_SEEDS").unwrap_or(3)),
     };
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for seed in first..first + count {
