@@ -322,17 +322,17 @@ impl View {
         if self.manifest.in_transaction() { self.manifest.commit(position).map_err(|e| store(&e)) } else { Ok(()) }
     }
 
-    /// Forgets what is in flight; gives the paths that each txn changed, to be looked at again.
-    pub fn handle_restart(&mut self) -> BTreeMap<Lsn, Vec<RelPath>> {
+    /// Forgets what is in flight; gives the paths that each txn changed, to be looked at again, and what it had made of them.
+    pub fn handle_restart(&mut self) -> BTreeMap<Lsn, Vec<(RelPath, Option<Row>)>> {
         self.hashes.clear();
         self.inos.clear();
         self.retire.clear();
         self.undo.clear();
         self.digest = self.manifest.digest();
-        let mut undone: BTreeMap<Lsn, Vec<RelPath>> = BTreeMap::new();
+        let mut undone: BTreeMap<Lsn, Vec<(RelPath, Option<Row>)>> = BTreeMap::new();
         for (path, versions) in std::mem::take(&mut self.overlay) {
-            for (lsn, _) in versions {
-                undone.entry(lsn).or_default().push(path.clone());
+            for (lsn, row) in versions {
+                undone.entry(lsn).or_default().push((path.clone(), row));
             }
         }
         undone

@@ -15,7 +15,7 @@ use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
 
 use super::dirty::{Group, Mark, Pending};
-use super::engine::{CaptureError, Engine};
+use super::engine::{CaptureError, Engine, Which};
 use super::look::{Known, Look, look};
 use super::messages::ToLink;
 use super::pulse::Stage;
@@ -162,21 +162,33 @@ impl Engine {
         if self.fresh.is_empty() || self.fresh.len() > FRESH_SEARCHED || !self.complete {
             return false;
         }
-        let gone = |path: &RelPath| self.view.row(&self.sets.origin(path)).ok()?.filter(|row| !row.entry.is_dir())?.local;
-        let gone: HashSet<u64> = self.sets.absent(unit).filter_map(gone).map(|local| local.ino).collect();
+        let gone = |path: &RelPath| {
+            let row = self.view.row(&self.sets.origin(path)).ok()?.filter(|row| !row.entry.is_dir())?;
+            Some((row.local?.ino, row.entry.size(), row.entry.mtime))
+        };
+        let mut gone: HashSet<Which> = self.sets.absent(unit).filter_map(gone).collect();
+        // Renamed within the unit, or there under another name: it is somewhere.
+        if gone.is_empty() {
+            return false;
+        }
+        let here: HashSet<u64> = self.sets.inodes(unit).collect();
+        gone.retain(|which| !here.contains(&which.0));
+        let absent: HashSet<&RelPath> = self.sets.absent(unit).collect();
+        gone.retain(|which| self.view.by_ino(which.0).is_ok_and(|names| names.iter().all(|name| absent.contains(name))));
         if gone.is_empty() {
             return false;
         }
         let mut found = vec![];
-        for (path, ino) in &mut self.fresh {
+        for (path, which) in &mut self.fresh {
             let group = self.config.grouping.group_of(path.as_bytes(), false).to_vec();
             if unit.contains(&group) {
                 continue;
             }
-            if ino.is_none() {
-                *ino = Some(self.root.stat(path).ok().flatten().map_or(0, |stat| stat.st_ino));
+            if which.is_none() {
+                let stat = self.root.stat(path).ok().flatten();
+                *which = stat.map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
             }
-            if ino.is_some_and(|ino| gone.contains(&ino)) {
+            if which.is_some_and(|which| gone.contains(&which)) {
                 found.push(group);
             }
         }

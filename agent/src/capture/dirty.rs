@@ -375,6 +375,14 @@ impl DirtySets {
         self.holds_content(group, path) || self.groups.get(group).and_then(|g| g.dirty.get(path)).is_some_and(|mark| mark.content)
     }
 
+    /// Inodes that were seen in these groups.
+    pub fn inodes<'a>(&'a self, names: &'a BTreeSet<Group>) -> impl Iterator<Item = u64> + 'a {
+        let states = names.iter().filter_map(|name| self.groups.get(name));
+        states
+            .flat_map(|g| g.captured.values())
+            .filter_map(|seen| if let Seen::Present(found) = seen { Some(found.local.ino) } else { None })
+    }
+
     /// Paths of these groups that were seen to be gone.
     pub fn absent<'a>(&'a self, names: &'a BTreeSet<Group>) -> impl Iterator<Item = &'a RelPath> {
         let states = names.iter().filter_map(|name| self.groups.get(name));

@@ -16,6 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::inotify::ReadFlags;
 #[cfg(test)]
 use tokio::sync::oneshot;
+use twinbox_protocol::entry::Time;
 use twinbox_protocol::ids::{ContentHash, Incarnation, Lsn};
 use twinbox_protocol::outbox::Outbox;
 use twinbox_protocol::path::RelPath;
@@ -151,6 +152,9 @@ impl Drop for Capture {
     }
 }
 
+/// A file under whatever name: inode number, size, mtime. The number alone is used again at once.
+pub(super) type Which = (u64, u64, Time);
+
 /// First half of a rename.
 pub(super) struct HalfRename {
     pub(super) path: RelPath,
@@ -187,8 +191,8 @@ pub(super) struct Engine {
     /// Of these the files that are mapped for writing.
     pub(super) mapped: BTreeSet<RelPath>,
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
-    /// Names of files that came and are not committed, with the inode once somebody asked.
-    pub(super) fresh: BTreeMap<RelPath, Option<u64>>,
+    /// Names of files that came and are not committed, with which file that is once somebody asked.
+    pub(super) fresh: BTreeMap<RelPath, Option<Which>>,
     pub(super) bulk: Bulk,
     pub(super) waiters: Vec<Waiter>,
     pub(super) pulse: Arc<Pulse>,

@@ -234,10 +234,19 @@ impl Engine {
         if row.is_none_or(|row| !unchanged(&row, &stat)) {
             self.mark(&path, false, true, false);
             // It may have been moved here while nobody watched: it must not be gone there before it is here.
+            // (Another name of it that is still there says nothing, nor does another file that had its number.)
+            let mut left = vec![];
             for other in self.view.by_ino(stat.st_ino)? {
-                let (here, there) = (self.group_of(&path, false), self.group_of(&other, false));
-                self.sets.join(&here, &there);
+                if self.root.stat(&other).ok().flatten().is_some_and(|there| there.st_ino == stat.st_ino) {
+                    return Ok(());
+                }
+                let same = |row: Row| row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(&stat);
+                if self.view.row(&other)?.is_some_and(same) {
+                    left.push(self.group_of(&other, false));
+                }
             }
+            let here = self.group_of(&path, false);
+            left.iter().for_each(|there| self.sets.join(&here, there));
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: what was in flight when a session ended is either found durable by the next hello, or dirty again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -10,7 +10,7 @@ use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::digest::Digest;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::hello::{Refusal, Verdict, compare};
-use twinbox_protocol::ids::{ChainHash, Generation, Lsn};
+use twinbox_protocol::ids::{ChainHash, ContentHash, Generation, Lsn};
 use twinbox_protocol::msg::{Hello, Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
@@ -160,12 +160,21 @@ impl Engine {
             self.distrust_renames();
         }
         for paths in undone.into_values() {
-            // What was one txn is one again: a message it moved is never nowhere.
-            let groups: BTreeSet<Group> = paths.iter().map(|path| self.group_of_marked(path)).collect();
-            for (a, b) in groups.iter().zip(groups.iter().skip(1)) {
-                self.sets.join(a, b);
+            // What it moved between groups is one txn again: a message is never nowhere.
+            let mut came: HashMap<ContentHash, BTreeSet<Group>> = HashMap::new();
+            for (path, row) in &paths {
+                if let Some(hash) = row.as_ref().and_then(|row| row.entry.hash()) {
+                    came.entry(hash).or_default().insert(self.group_of_marked(path));
+                }
             }
-            for path in paths {
+            for (path, _) in paths.iter().filter(|(_, row)| row.is_none()) {
+                let hash = self.view.row(path)?.and_then(|row| row.entry.hash());
+                let (from, to) = (self.group_of_marked(path), hash.and_then(|hash| came.get(&hash)));
+                if let Some(to) = to.filter(|to| !to.contains(&from)) {
+                    to.iter().for_each(|to| self.sets.join(&from, to));
+                }
+            }
+            for (path, _) in paths {
                 self.mark(&path, true, true, false);
             }
         }
