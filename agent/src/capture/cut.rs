@@ -147,9 +147,10 @@ impl Engine {
         let mut stale = if whole { self.sets.stale_links(unit) } else { vec![] };
         if whole {
             // Nor does one under a name that is gone, or another file's, by now.
-            let changed = |(path, local): (&RelPath, _)| {
-                let now = self.root.stat(path).ok().flatten().map(|stat| crate::tree::local(&stat));
-                (now != Some(local)).then(|| path.clone())
+            // (Its ctime moves with every link of it that comes or goes.)
+            let changed = |(path, which): (&RelPath, Which)| {
+                let now = self.root.stat(path).ok().flatten().map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
+                (now != Some(which)).then(|| path.clone())
             };
             stale.extend(self.sets.linked(unit).filter_map(changed));
         }
@@ -186,7 +187,7 @@ impl Engine {
             }
             if which.is_none() {
                 let stat = self.root.stat(path).ok().flatten();
-                *which = stat.map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
+                *which = stat.filter(|stat| stat.st_nlink == 1).map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
             }
             if which.is_some_and(|which| gone.contains(&which)) {
                 found.push(group);

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::time::{Duration, Instant};
 
+use twinbox_protocol::entry::Time;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::plan::{Hint, Seen};
-use twinbox_resync::rows::Local;
 
 /// Name of a consistency group.
 pub type Group = Vec<u8>;
@@ -361,10 +361,12 @@ impl DirtySets {
     }
 
     /// Files of these groups that were seen and have more than one name.
-    pub fn linked<'a>(&'a self, names: &'a BTreeSet<Group>) -> impl Iterator<Item = (&'a RelPath, Local)> {
+    pub fn linked<'a>(&'a self, names: &'a BTreeSet<Group>) -> impl Iterator<Item = (&'a RelPath, (u64, u64, Time))> {
         let states = names.iter().filter_map(|name| self.groups.get(name));
         states.flat_map(|g| g.captured.iter()).filter_map(|(path, seen)| match seen {
-            Seen::Present(found) if found.nlink > 1 && !found.entry.is_dir() => Some((path, found.local)),
+            Seen::Present(found) if found.nlink > 1 && found.entry.hash().is_some() => {
+                Some((path, (found.local.ino, found.entry.size(), found.entry.mtime)))
+            }
             _ => None,
         })
     }

@@ -234,7 +234,10 @@ impl Engine {
         if row.is_none_or(|row| !unchanged(&row, &stat)) {
             self.mark(&path, false, true, false);
             // It may have been moved here while nobody watched: it must not be gone there before it is here.
-            // (Another name of it that is still there says nothing, nor does another file that had its number.)
+            // (Nor does another file that had its number say anything, nor a file with several names: which of them is elsewhere by now is not known.)
+            if stat.st_nlink > 1 {
+                return Ok(());
+            }
             let mut left = vec![];
             for other in self.view.by_ino(stat.st_ino)? {
                 if self.root.stat(&other).ok().flatten().is_some_and(|there| there.st_ino == stat.st_ino) {
