@@ -285,6 +285,31 @@ fn run_heals_before_it_ships() {
     world.end();
 }
 
+/// The standby has no content for what this disk lost: that must not become a removal.
+#[test]
+fn what_cannot_be_put_back_is_not_shipped_as_removed() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    let mut world = World::new(false);
+    let names = lost_round(&mut world, 25, |_, _| {});
+    let lost = names.iter().find(|name| !world.store().join("u/new").join(name).exists()).unwrap().clone();
+    let (theirs, aside) = (world.replica.join("u/new").join(&lost), world.replica.with_extension("aside"));
+    fs::rename(&theirs, &aside).unwrap();
+    let ended = world.primary.command(&["heal", "--timeout", "3s"]);
+    assert_eq!(ended.status.code(), Some(15), "{ended}");
+    assert!(ended.stderr.contains("--force-incomplete"), "{ended}");
+    world.primary.start();
+    wait_until(LIMIT, "the agent to say that it cannot heal", || {
+        world.primary.status().is_some_and(|s| s.value.to_string().contains("could not be put back"))
+    });
+    assert_eq!(world.primary.status().unwrap().said.mirrors[0].state, "unprotected");
+    fs::rename(&aside, &theirs).unwrap();
+    world.in_sync();
+    has_all(&world.store(), &names);
+    has_all(&world.replica, &names);
+    world.end();
+}
+
 /// The power is cut again while it heals.
 #[test]
 fn a_heal_that_is_cut_is_done_again() {

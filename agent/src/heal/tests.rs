@@ -43,6 +43,7 @@ struct Rig {
     had: Vec<(RelPath, ContentHash)>,
     in_place: Vec<u64>,
     model: Model,
+    incomplete: bool,
 }
 
 fn p(text: &str) -> RelPath {
@@ -68,7 +69,7 @@ impl Rig {
         }
         fs::create_dir(dir.path().join("mirror")).unwrap();
         let model = Model { contents: BTreeMap::new(), calls: usize::MAX, names: vec![] };
-        Rig { dir, root, wanted: BTreeMap::new(), known: BTreeMap::new(), had: vec![], in_place: vec![], model }
+        Rig { dir, root, wanted: BTreeMap::new(), known: BTreeMap::new(), had: vec![], in_place: vec![], model, incomplete: false }
     }
 
     fn entry(kind: Kind) -> Entry {
@@ -130,7 +131,8 @@ impl Rig {
         }
         let selection = Selection::new(Layout::Maildir, vec![]);
         let root = Root::open(&self.root).unwrap();
-        let plan = Plan { root, manifest: Some(manifest), pulled, selection: &selection, mirror_dir: &mirror_dir, source: &mut self.model };
+        let (manifest, source, incomplete) = (Some(manifest), &mut self.model, self.incomplete);
+        let plan = Plan { root, manifest, pulled, selection: &selection, mirror_dir: &mirror_dir, source, incomplete };
         run(plan, &mut |_| {})
     }
 
@@ -372,6 +374,51 @@ fn a_content_that_is_on_neither_side_is_counted_and_holds_nobody_up() {
     rig.holds("u/new/other", b"here");
 }
 
+/// The rename was lost and the standby cannot give the file under its new name: under the old one are the only bytes.
+#[test]
+fn what_could_not_be_put_back_is_not_removed_either() {
+    let mut rig = Rig::new();
+    rig.on_disk("u/cur/1.M1:2,", b"a mail");
+    let entry = rig.has("u/cur/1.M1:2,S", b"a mail");
+    rig.gone("u/cur/1.M1:2,");
+    rig.had.push((p("u/cur/1.M1:2,"), entry.hash().unwrap()));
+    let bytes = rig.model.contents.remove(&entry.hash().unwrap()).unwrap();
+    let done = rig.heal();
+    assert_eq!((done.unrestored, done.removed), (1, 0), "{done:?}");
+    rig.holds("u/cur/1.M1:2,", b"a mail");
+    // It has it again.
+    rig.model.contents.insert(entry.hash().unwrap(), bytes);
+    let done = rig.heal();
+    assert_eq!((done.unrestored, done.restored, done.removed), (0, 1, 1), "{done:?}");
+    rig.holds("u/cur/1.M1:2,S", b"a mail");
+}
+
+/// A file was removed and a directory made in its place; the cut brought the file back.
+#[test]
+fn a_known_file_gives_way_to_a_directory() {
+    let mut rig = Rig::new();
+    rig.on_disk("u/Foo", b"the old mbox");
+    rig.had.push((p("u/Foo"), ContentHash::of(b"the old mbox")));
+    rig.wanted.insert(p("u/Foo"), Some(Entry { mode: 0o700, ..Rig::entry(Kind::Dir) }));
+    rig.has("u/Foo/bar", b"acknowledged");
+    let done = rig.heal();
+    assert_eq!((done.replaced, done.restored, done.unrestored, done.doubtful), (1, 1, 0, 0), "{done:?}");
+    rig.holds("u/Foo/bar", b"acknowledged");
+    assert_eq!(rig.rescued(), [b"the old mbox"]);
+}
+
+/// What the standby could not apply it cannot say.
+#[test]
+fn a_content_that_the_standby_does_not_know_replaces_nothing() {
+    let mut rig = Rig::new();
+    rig.on_disk("u/a", b"the good copy");
+    rig.had.push((p("u/a"), ContentHash::of(b"the good copy")));
+    rig.wanted.insert(p("u/a"), Some(Rig::entry(Kind::File { size: 3, hash: ContentHash([0; 32]) })));
+    let done = rig.heal();
+    assert_eq!((done.newer, done.unrestored), (1, 0), "{done:?}");
+    rig.holds("u/a", b"the good copy");
+}
+
 #[test]
 fn what_is_written_in_place_will_be_read_again() {
     let mut rig = Rig::new();
@@ -396,6 +443,10 @@ fn a_hostile_link_leads_nowhere() {
     let done = rig.try_heal().unwrap();
     assert_eq!((done.restored, done.unrestored), (0, 1), "{done:?}");
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    assert!(rig.rescued().is_empty(), "tried again before anybody does without it");
+    rig.incomplete = true;
+    assert_eq!(rig.try_heal().unwrap().unrestored, 1);
+    assert_eq!(rig.rescued(), [b"must not get out"]);
 }
 
 /// Which mirrors are healed at all.

@@ -13,6 +13,7 @@ use rustix::fs::{self as rfs, FileType, RawDir};
 use rustix::io::Errno;
 use serde::Serialize;
 use twinbox_protocol::entry::{Entry, Kind, Time};
+use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::{Manifest, plain_dir};
 use twinbox_resync::rows::{Local, Row, RowError, Rows};
@@ -48,13 +49,15 @@ pub struct Done {
     pub moved: u64,
     /// In doubt: left as they are, the standby's version is in `rescue`.
     pub doubtful: u64,
-    /// The standby's replica does not have their content either.
+    /// Not what the standby has, and not decided either: its replica does not have their content, or the disk refuses them. Not healed while there are any.
     pub unrestored: u64,
+    /// The disk's own versions that went to `rescue`.
+    pub rescued: u64,
     /// Written in place once, so to be read again by the capture.
     pub reread: u64,
     /// Bytes that came from the standby.
     pub bytes: u64,
-    /// Where versions in doubt are.
+    /// Where versions that were not left in place are.
     pub rescue: Option<PathBuf>,
 }
 
@@ -106,6 +109,10 @@ pub(super) struct Work<'a, S> {
     /// Inodes that are where the mail server moved them.
     pub(super) kept: BTreeSet<u64>,
     pub(super) listing: Option<Listing>,
+    /// Contents that could not be put where they belong.
+    pub(super) missing: BTreeSet<ContentHash>,
+    /// The operator does without what cannot be put back: what the standby has of it is kept in `rescue`.
+    pub(super) incomplete: bool,
 }
 
 impl<S: Source> Work<'_, S> {
@@ -117,7 +124,7 @@ impl<S: Source> Work<'_, S> {
             let Some((last, _)) = page.last() else { break };
             at = Some(last.clone());
             for (path, entry) in page {
-                self.path(&path, Some(&entry)).or_else(|error| self.tolerate(&path, error))?;
+                self.path(&path, Some(&entry)).or_else(|error| self.tolerate(&path, Some(&entry), error))?;
             }
             (self.progress)(&self.done);
         }
@@ -127,7 +134,7 @@ impl<S: Source> Work<'_, S> {
             let Some(last) = page.last() else { break };
             at = Some(last.clone());
             for path in page {
-                self.path(&path, None).or_else(|error| self.tolerate(&path, error))?;
+                self.path(&path, None).or_else(|error| self.tolerate(&path, None, error))?;
             }
             (self.progress)(&self.done);
         }
@@ -137,19 +144,31 @@ impl<S: Source> Work<'_, S> {
     }
 
     /// A path that the system will not let us have (a name too long here, no permission) must not hold up the others.
-    fn tolerate(&mut self, path: &RelPath, error: WorkError) -> Result<(), WorkError> {
-        match error {
-            WorkError::Disk { source: Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::ROFS | Errno::MFILE | Errno::NFILE, .. } => {
-                Err(error)
-            }
-            WorkError::Disk { path: shown, source } => {
-                tracing::error!(error = %std::io::Error::from(source), "a path could not be healed; the rest goes on");
-                tracing::debug!(path = %path, shown, "not healed");
-                self.done.unrestored += 1;
-                Ok(())
-            }
-            other => Err(other),
+    fn tolerate(&mut self, path: &RelPath, wanted: Option<&Entry>, error: WorkError) -> Result<(), WorkError> {
+        let (shown, source) = match error {
+            WorkError::Disk {
+                source: Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::ROFS | Errno::MFILE | Errno::NFILE | Errno::NOMEM,
+                ..
+            } => return Err(error),
+            WorkError::Disk { path, source } => (path, source),
+            other => return Err(other),
+        };
+        tracing::error!(error = %std::io::Error::from(source), "a path could not be healed; the rest goes on");
+        tracing::debug!(path = %path, shown, "not healed");
+        let Some(wanted) = wanted else {
+            // It stays, and mail comes back rather than vanishes.
+            self.done.newer += 1;
+            return Ok(());
+        };
+        self.missing.extend(wanted.hash());
+        let unrestored = self.done.unrestored + 1;
+        if self.incomplete
+            && let Some((file, _)) = self.fetch(path, wanted)?
+        {
+            self.beside(path, wanted, &file)?;
         }
+        self.done.unrestored = unrestored;
+        Ok(())
     }
 
     fn row(&self, path: &RelPath) -> Result<Option<Row>, WorkError> {
@@ -173,13 +192,20 @@ impl<S: Source> Work<'_, S> {
         if let Some(found) = &mut found {
             self.recognise(path, row.as_ref(), found)?;
         }
+        if wanted.and_then(Entry::hash) == Some(ContentHash([0; 32])) && found.is_some() {
+            // A path that the standby could not apply: it does not say what it should be.
+            self.done.newer += 1;
+            return Ok(());
+        }
         let verdict = judge(wanted, then, found.as_ref());
         match (verdict, wanted) {
             (Verdict::Same, _) => {}
             (Verdict::Newer, _) => self.done.newer += 1,
             (Verdict::Attributes, Some(wanted)) => self.attributes(path, wanted, found.as_ref()).map_err(failed)?,
             (Verdict::Restore, Some(wanted)) => self.restore(path, wanted, then)?,
-            (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => self.replace(path, wanted, then, verdict)?,
+            (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => {
+                self.replace(path, wanted, then, verdict, found.as_ref())?
+            }
             (Verdict::Remove, _) => self.remove(path, found.as_ref()).map_err(failed)?,
             (_, None) => {}
         }
@@ -331,6 +357,7 @@ impl<S: Source> Work<'_, S> {
             tracing::error!("the standby's replica lacks a content that this disk lost too: look at its log");
             tracing::debug!(path = %path, %hash, "on neither side");
             self.done.unrestored += 1;
+            self.missing.insert(hash);
             return Ok(None);
         };
         file.rewind()?;
@@ -338,14 +365,35 @@ impl<S: Source> Work<'_, S> {
         Ok(Some((file, names)))
     }
 
-    fn replace(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, verdict: Verdict) -> Result<(), WorkError> {
+    fn replace(
+        &mut self,
+        path: &RelPath,
+        wanted: &Entry,
+        then: Option<Local>,
+        verdict: Verdict,
+        found: Option<&Found>,
+    ) -> Result<(), WorkError> {
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
         if verdict == Verdict::Replace {
-            if self.put(path, wanted, then)? {
-                self.done.replaced += 1;
-            }
+            let done = if found.is_some_and(|found| !found.entry.same_type(wanted)) {
+                // One cannot be renamed over the other.
+                let file = self.fetch(path, wanted)?;
+                if file.is_none() && wanted.hash().is_some() {
+                    return Ok(());
+                }
+                self.rescue.take(&mut self.replica, path, Why::Heal).map_err(failed)?;
+                self.done.rescued += 1;
+                self.done.rescue = Some(self.mirror_dir.join("rescue"));
+                match file {
+                    Some((file, _)) => self.place(path, wanted, then, &file)?,
+                    None => self.put(path, wanted, then)?,
+                }
+            } else {
+                self.put(path, wanted, then)?
+            };
+            self.done.replaced += u64::from(done);
             return Ok(());
         }
-        let failed = |source| WorkError::Disk { path: path.to_string(), source };
         let Some((file, _)) = self.fetch(path, wanted)? else {
             if wanted.hash().is_none() {
                 self.done.doubtful += 1; // A link or a directory: nothing that could be lost.
@@ -357,6 +405,17 @@ impl<S: Source> Work<'_, S> {
             self.done.replaced += 1;
             return Ok(());
         }
+        self.beside(path, wanted, &file)?;
+        tracing::error!(
+            "a file here may be newer than the standby's, or half written: it stays, and the standby's version is kept beside; compare them"
+        );
+        self.done.doubtful += 1;
+        Ok(())
+    }
+
+    /// Keeps the standby's version in `rescue`.
+    fn beside(&mut self, path: &RelPath, wanted: &Entry, file: &File) -> Result<(), WorkError> {
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
         let target = self.rescue.room(path, Why::Heal).map_err(failed)?;
         let copied = File::options().read(true).write(true).create_new(true).open(&target)?;
         copy::whole(file.as_fd(), copied.as_fd(), wanted.size()).map_err(failed)?;
@@ -365,14 +424,15 @@ impl<S: Source> Work<'_, S> {
         if let Some(dir) = target.parent() {
             File::open(dir)?.sync_all()?;
         }
-        tracing::error!(kept = %target.display(), "a file here may be newer than the standby's, or half written: it stays, and the standby's version is kept beside; compare them");
-        self.done.doubtful += 1;
+        tracing::warn!(kept = %target.display(), "the standby's version of a file is kept");
         self.done.rescue = Some(self.mirror_dir.join("rescue"));
         Ok(())
     }
 
     fn remove(&mut self, path: &RelPath, found: Option<&Found>) -> Result<(), Errno> {
-        if found.is_some_and(|found| self.kept.contains(&found.local.ino) || found.busy) {
+        // Bytes that belong elsewhere and could not be put there may be the last.
+        let missing = |found: &Found| found.entry.hash().is_some_and(|hash| self.missing.contains(&hash));
+        if found.is_some_and(|found| self.kept.contains(&found.local.ino) || found.busy || missing(found)) {
             self.done.newer += 1;
             return Ok(());
         }
