@@ -80,7 +80,7 @@ fn of_capture(error: &CaptureError) -> ExitCode {
         CaptureError::Root { .. } | CaptureError::RootGone { .. } => ExitCode::BadPath,
         CaptureError::Watch(WatchError::Limit { .. } | WatchError::Instances { .. }) => ExitCode::Watches,
         CaptureError::State(error) => of_state(error),
-        CaptureError::NotHealed {} => ExitCode::Unhealed,
+        CaptureError::NotHealed {} | CaptureError::OlderState { .. } => ExitCode::Unhealed,
         CaptureError::Io(error) => of_io(error),
         _ => ExitCode::Failure,
     }

@@ -79,6 +79,15 @@ impl LocalDisk {
         Lsn(self.shared.durable.load(Ordering::Acquire))
     }
 
+    /// What this disk has is not what was shipped, whatever boot this is: it is to be healed before anything is shipped again. Ends the thread.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub(super) fn distrust(&mut self, node: &NodeState) -> Result<(), StateError> {
+        self.end();
+        node.set_local_mark(&self.mirror, &LocalMark { boot: String::new(), lsn: self.durable(), clean: false })
+    }
+
     fn end(&mut self) {
         *self.shared.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.shared.wake.notify_one();

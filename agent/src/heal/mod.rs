@@ -326,9 +326,11 @@ fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) ->
     Ok(work.done)
 }
 
-/// This boot is healed, and everything up to `lsn` is on the disk: one write.
+/// This boot is healed, and everything up to `lsn` is on the disk: the last write of a heal.
 fn note(job: &Job, lsn: Lsn) -> Result<(), StateError> {
     let state = NodeState::open(&job.state_dir)?;
+    // A state that was put back from a copy does not know which numbers were used since.
+    state.reserve(job.mirror(), lsn)?;
     state.set_local_mark(job.mirror(), &LocalMark { boot: job.boot.clone(), lsn, clean: false })
 }
 
