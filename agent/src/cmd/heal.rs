@@ -151,10 +151,10 @@ fn tell(name: &str, outcome: Outcome, done: &Done, quiet: bool, took: Duration) 
     if let Some(rescue) = done.rescue.as_ref().filter(|_| done.rescued > 0) {
         eprintln!("{name}: {} files of this disk gave way to the standby's; they are kept in {}.", done.rescued, rescue.display());
     }
-    if let Some(rescue) = done.rescue.as_ref().filter(|_| done.doubtful > 0) {
+    if let Some(rescue) = done.rescue.as_ref().filter(|_| done.beside > 0) {
         eprintln!(
-            "{name}: {} files here may be newer than the standby's, or half written. They stay; the standby's versions are in {}: compare them.",
-            done.doubtful,
+            "{name}: {} files here are or may be newer than the standby's, or half written. They stay; the standby's versions are in {}: compare them.",
+            done.beside,
             rescue.display()
         );
     }

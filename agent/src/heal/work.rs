@@ -43,7 +43,7 @@ pub struct Done {
     pub attributes: u64,
     /// Removed before the cut, removed again.
     pub removed: u64,
-    /// Changed here after the last transaction: left as they are.
+    /// Changed here after the last transaction: left as they are; what the standby has is in `rescue` unless it is the beginning of what is here.
     pub newer: u64,
     /// Moved here after the last transaction: left where they are.
     pub moved: u64,
@@ -51,6 +51,8 @@ pub struct Done {
     pub doubtful: u64,
     /// Not what the standby has, and not decided either: its replica does not have their content, or the disk refuses them. Not healed while there are any.
     pub unrestored: u64,
+    /// The standby's versions that are in `rescue`.
+    pub beside: u64,
     /// The disk's own versions that went to `rescue`.
     pub rescued: u64,
     /// Written in place once, so to be read again by the capture.
@@ -200,7 +202,8 @@ impl<S: Source> Work<'_, S> {
         let verdict = judge(wanted, then, found.as_ref());
         match (verdict, wanted) {
             (Verdict::Same, _) => {}
-            (Verdict::Newer, _) => self.done.newer += 1,
+            (Verdict::Newer, Some(wanted)) => self.newer(path, wanted, found.as_ref())?,
+            (Verdict::Newer, None) => self.done.newer += 1,
             (Verdict::Attributes, Some(wanted)) => self.attributes(path, wanted, found.as_ref()).map_err(failed)?,
             (Verdict::Restore, Some(wanted)) => self.restore(path, wanted, then)?,
             (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => {
@@ -413,9 +416,25 @@ impl<S: Source> Work<'_, S> {
         Ok(())
     }
 
-    /// Keeps the standby's version in `rescue`.
+    /// The disk's version stays and will be shipped over the standby's, which was acknowledged: unless all of it is in the disk's, it is kept.
+    fn newer(&mut self, path: &RelPath, wanted: &Entry, found: Option<&Found>) -> Result<(), WorkError> {
+        self.done.newer += 1;
+        if found.is_some_and(|found| !found.longer && found.entry.kind != wanted.kind)
+            && let Some((file, _)) = self.fetch(path, wanted)?
+        {
+            self.beside(path, wanted, &file)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the standby's version in `rescue`; once, however often it is healed.
     fn beside(&mut self, path: &RelPath, wanted: &Entry, file: &File) -> Result<(), WorkError> {
         let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        self.done.beside += 1;
+        self.done.rescue = Some(self.mirror_dir.join("rescue"));
+        if self.rescue.holds(path, Why::Heal, wanted) {
+            return Ok(());
+        }
         let target = self.rescue.room(path, Why::Heal).map_err(failed)?;
         let copied = File::options().read(true).write(true).create_new(true).open(&target)?;
         copy::whole(file.as_fd(), copied.as_fd(), wanted.size()).map_err(failed)?;
@@ -425,7 +444,6 @@ impl<S: Source> Work<'_, S> {
             File::open(dir)?.sync_all()?;
         }
         tracing::warn!(kept = %target.display(), "the standby's version of a file is kept");
-        self.done.rescue = Some(self.mirror_dir.join("rescue"));
         Ok(())
     }
 
