@@ -21,11 +21,20 @@ struct Model {
     calls: usize,
     /// Sets of names of one file.
     names: Vec<Vec<RelPath>>,
+    /// While a path is fetched somebody appends these bytes to that file, or makes it.
+    meanwhile: Vec<(RelPath, PathBuf, &'static [u8])>,
 }
 
 impl remote::Source for &mut Model {
     fn fetch(&mut self, path: &RelPath, hash: ContentHash, size: u64, into: &mut File) -> Result<Option<Vec<RelPath>>, RemoteError> {
         self.calls = self.calls.checked_sub(1).ok_or(RemoteError::Silent)?;
+        self.meanwhile.retain(|(when, at, bytes)| {
+            let now = when == path;
+            if now {
+                File::options().append(true).create(true).open(at).unwrap().write_all(bytes).unwrap();
+            }
+            !now
+        });
         let Some(bytes) = self.contents.get(&hash) else { return Ok(None) };
         assert_eq!(bytes.len() as u64, size);
         into.write_all(bytes)?;
@@ -68,7 +77,7 @@ impl Rig {
             fs::create_dir_all(root.join("u").join(sub)).unwrap();
         }
         fs::create_dir(dir.path().join("mirror")).unwrap();
-        let model = Model { contents: BTreeMap::new(), calls: usize::MAX, names: vec![] };
+        let model = Model { contents: BTreeMap::new(), calls: usize::MAX, names: vec![], meanwhile: vec![] };
         Rig { dir, root, wanted: BTreeMap::new(), known: BTreeMap::new(), had: vec![], in_place: vec![], model, incomplete: false }
     }
 
@@ -284,6 +293,28 @@ fn older_is_replaced_newer_stays_doubt_keeps_both() {
     assert_eq!(fs::metadata(rig.root.join("u/g")).unwrap().mtime(), entry.mtime.secs);
 }
 
+/// The mail server runs meanwhile, or somebody else does.
+#[test]
+fn what_is_written_during_a_heal_is_not_overwritten() {
+    let mut rig = Rig::new();
+    rig.on_disk("u/older", b"before");
+    rig.has("u/older", b"after");
+    rig.had.push((p("u/older"), ContentHash::of(b"before")));
+    rig.on_disk("u/part", b"half");
+    rig.has("u/part", b"half of it");
+    rig.has("u/lost", b"lost");
+    for (path, bytes) in [("u/older", &b", m2"[..]), ("u/part", b" of another"), ("u/lost", b"made anew")] {
+        rig.model.meanwhile.push((p(path), rig.root.join(path), bytes));
+    }
+    let done = rig.heal();
+    rig.holds("u/older", b"before, m2");
+    rig.holds("u/part", b"half of another");
+    rig.holds("u/lost", b"made anew");
+    let mut rescued = rig.rescued();
+    rescued.sort();
+    assert_eq!(rescued, [&b"after"[..], b"half of it", b"lost"], "{done:?}");
+}
+
 /// What was acknowledged is on no other machine once the disk's version was shipped over it.
 #[test]
 fn what_gives_way_to_a_newer_file_is_kept() {
@@ -386,9 +417,11 @@ fn a_heal_that_is_cut_short_is_finished_by_the_next() {
         // A temporary file of the one that was cut.
         fs::write(rig.root.join("u/new/.twinbox-heal"), b"half").unwrap();
     }
+    // And one that it had set aside to remove.
+    fs::rename(rig.root.join("u/cur/3"), rig.root.join("u/cur/.twinbox-heal")).unwrap();
     rig.model.calls = usize::MAX;
     let done = rig.heal();
-    assert_eq!((done.unrestored, done.removed), (0, 20), "{done:?}");
+    assert_eq!((done.unrestored, done.removed), (0, 19), "{done:?}");
     for n in 0..20 {
         rig.holds(&format!("u/new/{n}"), format!("mail {n}").as_bytes());
         assert!(!rig.root.join(format!("u/cur/{n}")).exists());

@@ -22,13 +22,16 @@ use super::disk;
 use super::judge::{Found, Verdict, judge};
 use super::remote::{RemoteError, Source};
 use crate::layout::Selection;
-use crate::standby::replica::{Bytes, Replica};
+use crate::standby::replica::{Bytes, Over, Replica};
 use crate::standby::rescue::{Rescue, Why};
 use crate::standby::{attrs, copy};
 use crate::tree;
 
 /// Rows looked at between two looks into the database.
 const PAGE: usize = 500;
+
+/// Looks at a path that somebody else is changing.
+const LOOKS: u32 = 3;
 
 /// What a heal did; the numbers are paths. An interface: fields are only added.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -84,6 +87,12 @@ pub enum WorkError {
     /// The rows.
     #[error("heal: {0}")]
     Rows(#[from] RowError),
+    /// Somebody changed a path between a look at it and the step that followed.
+    #[error("{path} was changed while it was healed")]
+    Changed {
+        /// Which.
+        path: String,
+    },
     /// A database.
     #[error(transparent)]
     State(#[from] twinbox_resync::schema::StateError),
@@ -153,6 +162,7 @@ impl<S: Source> Work<'_, S> {
                 ..
             } => return Err(error),
             WorkError::Disk { path, source } => (path, source),
+            WorkError::Changed { path } => (path, Errno::BUSY),
             other => return Err(other),
         };
         tracing::error!(error = %std::io::Error::from(source), "a path could not be healed; the rest goes on");
@@ -180,12 +190,24 @@ impl<S: Source> Work<'_, S> {
         })
     }
 
+    /// Looks and acts; again when somebody else acted in between.
     fn path(&mut self, path: &RelPath, wanted: Option<&Entry>) -> Result<(), WorkError> {
+        self.done.compared += 1;
+        for _ in 1..LOOKS {
+            match self.step(path, wanted) {
+                Err(WorkError::Changed { .. }) => {}
+                ended => return ended,
+            }
+        }
+        self.step(path, wanted)
+    }
+
+    fn step(&mut self, path: &RelPath, wanted: Option<&Entry>) -> Result<(), WorkError> {
         let failed = |source| WorkError::Disk { path: path.to_string(), source };
         if self.selection.excludes(path.as_bytes(), wanted.is_some_and(Entry::is_dir)) {
+            self.done.compared -= 1;
             return Ok(());
         }
-        self.done.compared += 1;
         let row = self.row(path)?;
         // A noted ctime of nothing says: to be read again.
         let then =
@@ -201,6 +223,12 @@ impl<S: Source> Work<'_, S> {
         }
         let verdict = judge(wanted, then, found.as_ref());
         match (verdict, wanted) {
+            (Verdict::Same, None) => {
+                // Set aside by a heal that was cut short.
+                if let Some(temp) = Replica::displaced(path) {
+                    self.replica.remove(&temp).map_err(failed)?;
+                }
+            }
             (Verdict::Same, _) => {}
             (Verdict::Newer, Some(wanted)) => self.newer(path, wanted, found.as_ref())?,
             (Verdict::Newer, None) => self.done.newer += 1,
@@ -209,7 +237,7 @@ impl<S: Source> Work<'_, S> {
             (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => {
                 self.replace(path, wanted, then, verdict, found.as_ref())?
             }
-            (Verdict::Remove, _) => self.remove(path, found.as_ref()).map_err(failed)?,
+            (Verdict::Remove, _) => self.remove(path, found.as_ref())?,
             (_, None) => {}
         }
         Ok(())
@@ -257,7 +285,8 @@ impl<S: Source> Work<'_, S> {
             return Ok(());
         }
         self.parents(path)?;
-        if self.put(path, wanted, then)? {
+        self.replica.over = Over::Nothing;
+        if self.put(path, wanted, then, None)? {
             self.done.restored += 1;
         }
         Ok(())
@@ -287,9 +316,9 @@ impl<S: Source> Work<'_, S> {
     }
 
     /// Makes `path` what it is on the standby; `false` when that has not got it either.
-    fn put(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>) -> Result<bool, WorkError> {
+    fn put(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, over: Option<&Found>) -> Result<bool, WorkError> {
         if !matches!(wanted.kind, Kind::File { .. }) {
-            self.replica.make(path, wanted).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+            self.replica.make(path, wanted).map_err(|source| self.unnamed(path, source))?;
             return Ok(true);
         }
         if let Some(then) = then
@@ -298,6 +327,9 @@ impl<S: Source> Work<'_, S> {
             return Ok(true);
         }
         let Some((file, names)) = self.fetch(path, wanted)? else { return Ok(false) };
+        if let Some(found) = over {
+            self.is_still(path, found)?;
+        }
         for other in names {
             if self.link_to(&other, path, wanted)? {
                 return Ok(true);
@@ -308,7 +340,7 @@ impl<S: Source> Work<'_, S> {
 
     fn place(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, file: &File) -> Result<bool, WorkError> {
         let put = self.replica.put(path, wanted, &Bytes::File(file, wanted.size()));
-        put.map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+        put.map_err(|source| self.unnamed(path, source))?;
         if let (Some(then), Some(manifest)) = (then, &self.manifest)
             && manifest.by_ino(then.ino).map_err(|e| manifest.state_error(&e))?.len() > 1
         {
@@ -348,8 +380,41 @@ impl<S: Source> Work<'_, S> {
         if found.is_none_or(|found| found.entry != *wanted) {
             return Ok(false);
         }
-        self.replica.link(other, path).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+        self.replica.link(other, path).map_err(|source| self.unnamed(path, source))?;
         Ok(true)
+    }
+
+    /// Why something did not get its name.
+    fn unnamed(&self, path: &RelPath, source: Errno) -> WorkError {
+        match (self.replica.over, source) {
+            (Over::Nothing, Errno::EXIST) | (Over::Exchange, Errno::NOENT) => WorkError::Changed { path: path.to_string() },
+            _ => WorkError::Disk { path: path.to_string(), source },
+        }
+    }
+
+    /// Whether what is at `path` is still what was looked at; contents come over the network meanwhile.
+    fn is_still(&mut self, path: &RelPath, found: &Found) -> Result<(), WorkError> {
+        match self.replica.stat(path) {
+            Ok(Some(stat)) if tree::local(&stat) == found.local => Ok(()),
+            Ok(_) => Err(WorkError::Changed { path: path.to_string() }),
+            Err(source) => Err(WorkError::Disk { path: path.to_string(), source }),
+        }
+    }
+
+    /// Removes what was at `path` and is under the temporary name now, if it is what was looked at and nobody writes to it; else keeps it. Gives whether it was.
+    fn discard(&mut self, path: &RelPath, found: &Found) -> Result<bool, WorkError> {
+        let Some(temp) = Replica::displaced(path) else { return Ok(true) };
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        let Some(now) = disk::found(&mut self.replica, &temp, None).map_err(failed)? else { return Ok(true) };
+        if now.local.ino == found.local.ino && now.entry.kind == found.entry.kind && !now.busy {
+            self.replica.remove(&temp).map_err(failed)?;
+            return Ok(true);
+        }
+        let kept = self.rescue.take_as(&mut self.replica, &temp, path, Why::Heal).map_err(failed)?;
+        tracing::error!(kept = %kept.display(), "a file that gave way to the standby's was being written to: it is kept");
+        self.done.rescued += 1;
+        self.done.rescue = Some(self.mirror_dir.join("rescue"));
+        Ok(false)
     }
 
     /// The content, and other names of the file.
@@ -377,22 +442,29 @@ impl<S: Source> Work<'_, S> {
         found: Option<&Found>,
     ) -> Result<(), WorkError> {
         let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        let Some(found) = found else { return Ok(()) };
+        self.replica.over = Over::Exchange;
         if verdict == Verdict::Replace {
-            let done = if found.is_some_and(|found| !found.entry.same_type(wanted)) {
+            let done = if !found.entry.same_type(wanted) {
                 // One cannot be renamed over the other.
                 let file = self.fetch(path, wanted)?;
                 if file.is_none() && wanted.hash().is_some() {
                     return Ok(());
                 }
+                self.is_still(path, found)?;
                 self.rescue.take(&mut self.replica, path, Why::Heal).map_err(failed)?;
+                self.replica.over = Over::Nothing;
                 self.done.rescued += 1;
                 self.done.rescue = Some(self.mirror_dir.join("rescue"));
                 match file {
                     Some((file, _)) => self.place(path, wanted, then, &file)?,
-                    None => self.put(path, wanted, then)?,
+                    None => self.put(path, wanted, then, None)?,
                 }
             } else {
-                self.put(path, wanted, then)?
+                self.put(path, wanted, then, Some(found))? && {
+                    self.discard(path, found)?;
+                    true
+                }
             };
             self.done.replaced += u64::from(done);
             return Ok(());
@@ -404,7 +476,9 @@ impl<S: Source> Work<'_, S> {
             return Ok(());
         };
         if verdict == Verdict::ReplaceIfBeginning && disk::begins(&self.replica.file(path, false).map_err(failed)?, &file)? {
+            self.is_still(path, found)?;
             self.place(path, wanted, then, &file)?;
+            self.discard(path, found)?;
             self.done.replaced += 1;
             return Ok(());
         }
@@ -447,18 +521,29 @@ impl<S: Source> Work<'_, S> {
         Ok(())
     }
 
-    fn remove(&mut self, path: &RelPath, found: Option<&Found>) -> Result<(), Errno> {
+    fn remove(&mut self, path: &RelPath, found: Option<&Found>) -> Result<(), WorkError> {
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        let Some(found) = found else { return Ok(()) };
         // Bytes that belong elsewhere and could not be put there may be the last.
-        let missing = |found: &Found| found.entry.hash().is_some_and(|hash| self.missing.contains(&hash));
-        if found.is_some_and(|found| self.kept.contains(&found.local.ino) || found.busy || missing(found)) {
+        let missing = found.entry.hash().is_some_and(|hash| self.missing.contains(&hash));
+        if self.kept.contains(&found.local.ino) || found.busy || missing {
             self.done.newer += 1;
             return Ok(());
         }
-        match self.replica.remove(path) {
-            Ok(()) => self.done.removed += 1,
-            // Something newer is in it.
-            Err(Errno::NOTEMPTY | Errno::EXIST) => self.done.newer += 1,
-            Err(other) => return Err(other),
+        if found.entry.is_dir() {
+            match self.replica.remove(path) {
+                Ok(()) => self.done.removed += 1,
+                // Something newer is in it.
+                Err(Errno::NOTEMPTY | Errno::EXIST) => self.done.newer += 1,
+                Err(source) => return Err(failed(source)),
+            }
+            return Ok(());
+        }
+        self.is_still(path, found)?;
+        self.replica.set_aside(path).map_err(failed)?;
+        match self.discard(path, found)? {
+            true => self.done.removed += 1,
+            false => self.done.newer += 1,
         }
         Ok(())
     }

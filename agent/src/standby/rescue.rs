@@ -94,7 +94,12 @@ impl Rescue {
 
     /// Moves what is at `path`, with everything below it, to rescue.
     pub(crate) fn take(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
-        let target = self.room(path, why)?;
+        self.take_as(replica, path, path, why)
+    }
+
+    /// The same, kept as what was at `known_as`.
+    pub(crate) fn take_as(&self, replica: &mut Replica, path: &RelPath, known_as: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+        let target = self.room(known_as, why)?;
         let place = replica.place_to_change(path)?;
         match rfs::renameat(&place.dir, place.name.as_slice(), rfs::CWD, &target) {
             Err(Errno::XDEV) => {
