@@ -221,6 +221,9 @@ pub struct Heal {
     /// Compare with the standby even if this machine was not cut from power
     #[arg(long)]
     pub force: bool,
+    /// Do without paths that cannot be put back: they are removed on the standby too, what it has of them is kept in rescue here
+    #[arg(long)]
+    pub force_incomplete: bool,
     /// Print what was done as one JSON object
     #[arg(long)]
     pub json: bool,

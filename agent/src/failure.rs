@@ -80,7 +80,7 @@ fn of_capture(error: &CaptureError) -> ExitCode {
         CaptureError::Root { .. } | CaptureError::RootGone { .. } => ExitCode::BadPath,
         CaptureError::Watch(WatchError::Limit { .. } | WatchError::Instances { .. }) => ExitCode::Watches,
         CaptureError::State(error) => of_state(error),
-        CaptureError::NotHealed {} => ExitCode::Unhealed,
+        CaptureError::NotHealed {} | CaptureError::OlderState { .. } => ExitCode::Unhealed,
         CaptureError::Io(error) => of_io(error),
         _ => ExitCode::Failure,
     }
@@ -117,7 +117,7 @@ impl From<HealError> for Failure {
     fn from(error: HealError) -> Self {
         let code = match error {
             HealError::Role(error) => return error.into(),
-            HealError::NoStandby { .. } => ExitCode::Unhealed,
+            HealError::NoStandby { .. } | HealError::Incomplete { .. } => ExitCode::Unhealed,
             HealError::Work { source: WorkError::Remote(RemoteError::Spool(_)), .. } => ExitCode::Io,
             HealError::Remote { .. } | HealError::Work { source: WorkError::Remote(_), .. } => ExitCode::Peer,
             HealError::State(ref error) | HealError::Work { source: WorkError::State(ref error), .. } => of_state(error),

@@ -279,6 +279,29 @@ impl Manifest {
         self.db.prepare_cached("DELETE FROM gone WHERE lsn <= ?1")?.execute([stored.0 as i64]).map(|_| ())
     }
 
+    /// Forgets tombstones from `lsn` on: what was removed then is no longer told as removed.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn forget_gone(&self, lsn: Lsn) -> rusqlite::Result<()> {
+        self.db.prepare_cached("DELETE FROM gone WHERE lsn >= ?1")?.execute([lsn.0 as i64]).map(|_| ())
+    }
+
+    /// Removes the rows of a path and of everything below it without a tombstone: they are not known, which is something else than removed.
+    ///
+    /// # Errors
+    /// [`RowError::Store`].
+    pub fn forget(&mut self, path: &RelPath) -> Result<(), RowError> {
+        let tombstones = std::mem::replace(&mut self.tombstones, false);
+        let below = self.below(path);
+        let done = below.and_then(|below| {
+            below.into_iter().rev().try_for_each(|(below, _)| self.set(&below, None))?;
+            self.set(path, None)
+        });
+        self.tombstones = tombstones;
+        done
+    }
+
     /// Removes every row and tombstone (before a full pull).
     ///
     /// # Errors

@@ -285,6 +285,31 @@ fn run_heals_before_it_ships() {
     world.end();
 }
 
+/// The standby has no content for what this disk lost: that must not become a removal.
+#[test]
+fn what_cannot_be_put_back_is_not_shipped_as_removed() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    let mut world = World::new(false);
+    let names = lost_round(&mut world, 25, |_, _| {});
+    let lost = names.iter().find(|name| !world.store().join("u/new").join(name).exists()).unwrap().clone();
+    let (theirs, aside) = (world.replica.join("u/new").join(&lost), world.replica.with_extension("aside"));
+    fs::rename(&theirs, &aside).unwrap();
+    let ended = world.primary.command(&["heal", "--timeout", "3s"]);
+    assert_eq!(ended.status.code(), Some(15), "{ended}");
+    assert!(ended.stderr.contains("--force-incomplete"), "{ended}");
+    world.primary.start();
+    wait_until(LIMIT, "the agent to say that it cannot heal", || {
+        world.primary.status().is_some_and(|s| s.value.to_string().contains("could not be put back"))
+    });
+    assert_eq!(world.primary.status().unwrap().said.mirrors[0].state, "unprotected");
+    fs::rename(&aside, &theirs).unwrap();
+    world.in_sync();
+    has_all(&world.store(), &names);
+    has_all(&world.replica, &names);
+    world.end();
+}
+
 /// The power is cut again while it heals.
 #[test]
 fn a_heal_that_is_cut_is_done_again() {
@@ -407,4 +432,78 @@ fn two_nodes_that_lost_power_together_heal_each_other() {
     }
     wait_both(&nodes);
     nodes.iter_mut().for_each(Node::stop);
+}
+
+/// Store and state of the primary are put back from a copy that is older than what the standby has.
+fn rolled_back(orderly: bool) {
+    let scratch = Scratch::new("heal");
+    let (store, replica, boot) = (scratch.dir("store"), scratch.dir("replica"), scratch.join("boot-id"));
+    fs::write(&boot, "boot-0").unwrap();
+    fs::create_dir_all(store.join("u/new")).unwrap();
+    let primary = Spec { node: "alpha", role: "primary", mirror: "mail", root: &store, layout: Layout::Maildir, listen: free_udp() };
+    let standby = Spec { node: "beta", role: "standby", root: &replica, listen: free_udp(), ..primary.clone() };
+    let mut primary = Node::init(Program::under_env("TWINBOX_BOOT_ID_FILE", &boot), &scratch.join("alpha"), &primary);
+    let mut standby = Node::init(Program::here(), &scratch.join("beta"), &standby);
+    primary.logs = scratch.dir("logs");
+    pair(&primary, &standby);
+    let in_sync = |primary: &Node| {
+        wait_identical(&store, &replica, Rules::of(Layout::Maildir), LIMIT).unwrap_or_else(|why| panic!("not identical {why}"));
+        primary.wait_state(LIMIT, "protected");
+    };
+    let end = |primary: &mut Node| if orderly { primary.stop() } else { primary.kill9() };
+    let deliver = |numbers: std::ops::Range<u32>| -> Vec<String> {
+        let names: Vec<String> = numbers.map(|n| format!("{n}.M{n}P1.host")).collect();
+        names.iter().for_each(|name| fs::write(store.join("u/new").join(name), text(name)).unwrap());
+        names
+    };
+    standby.start();
+    primary.start();
+    let before = deliver(0..5);
+    in_sync(&primary);
+    end(&mut primary);
+    let dirs = [("store", &store), ("state", &scratch.join("alpha"))];
+    let copy = |from: &Path, to: &Path| {
+        let done = std::process::Command::new("cp").args(["-a", "--"]).arg(from.join(".")).arg(to).status().unwrap();
+        assert!(done.success(), "cp of {}", from.display());
+    };
+    dirs.iter().for_each(|(name, dir)| copy(dir, &scratch.dir(&format!("copy-{name}"))));
+    primary.start();
+    let after = deliver(5..25);
+    in_sync(&primary);
+    end(&mut primary);
+    for (name, dir) in &dirs {
+        // The directory itself stays: another one is refused for other reasons.
+        for item in fs::read_dir(dir).unwrap() {
+            let path = item.unwrap().path();
+            if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
+        }
+        copy(&scratch.join(&format!("copy-{name}")), dir);
+    }
+    if orderly {
+        fs::write(&boot, "boot-1").unwrap();
+    }
+    primary.start();
+    wait_until(LIMIT, "the agent to say that its state is an older one", || {
+        primary.status().is_some_and(|s| s.value.to_string().contains("older copy"))
+    });
+    has_all(&replica, &after);
+    primary.stop();
+    primary.start();
+    in_sync(&primary);
+    has_all(&store, &[before, after].concat());
+    let more = deliver(25..30);
+    in_sync(&primary);
+    has_all(&replica, &more);
+    primary.stop();
+    standby.stop();
+}
+
+#[test]
+fn a_copy_of_a_stopped_primary_that_is_put_back_ships_no_removals() {
+    rolled_back(true);
+}
+
+#[test]
+fn a_copy_of_a_killed_primary_that_is_put_back_ships_no_removals() {
+    rolled_back(false);
 }

@@ -2,7 +2,7 @@
 //!
 //! A thread of its own does `syncfs` on the root's descriptor, opened before anything is shipped, a second after the first change since the last one; the capture only notes numbers. Invariants:
 //! the LSN stored is one that had been issued before a `syncfs` began that succeeded; the mark of an orderly stop is gone, durably, before anything is shipped ([`LocalDisk::start`] returns after that).
-//! A `syncfs` that fails may have lost pages whatever later ones say: the LSN stays until a restart. Does not heal: see `heal`.
+//! A `syncfs` that fails may have lost pages whatever later ones say: the LSN stays, and the mark names no boot, so that the next start heals. Does not heal itself: see `heal`.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use twinbox_protocol::ids::Lsn;
 use twinbox_resync::node::{LocalMark, NodeState};
 use twinbox_resync::schema::StateError;
@@ -61,7 +62,8 @@ impl LocalDisk {
         });
         let mut disk = LocalDisk { shared: shared.clone(), mirror: mirror.into(), boot: boot.into(), root: root.clone(), thread: None };
         let (root, mirror, boot, wal) = (root.clone(), mirror.to_owned(), boot.to_owned(), manifest.with_extension("db-wal"));
-        disk.thread = Some(std::thread::spawn(move || keep(&shared, &root, &node, &mirror, &boot, &wal)));
+        let sync = move || rustix::fs::syncfs(root.fd());
+        disk.thread = Some(std::thread::spawn(move || keep(&shared, &sync, &node, &mirror, &boot, &wal)));
         Ok(disk)
     }
 
@@ -77,6 +79,15 @@ impl LocalDisk {
     /// Everything up to here survives a power cut of this machine.
     pub(super) fn durable(&self) -> Lsn {
         Lsn(self.shared.durable.load(Ordering::Acquire))
+    }
+
+    /// What this disk has is not what was shipped, whatever boot this is: it is to be healed before anything is shipped again. Ends the thread.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub(super) fn distrust(&mut self, node: &NodeState) -> Result<(), StateError> {
+        self.end();
+        node.set_local_mark(&self.mirror, &LocalMark { boot: String::new(), lsn: self.durable(), clean: false })
     }
 
     fn end(&mut self) {
@@ -99,7 +110,8 @@ impl LocalDisk {
             node.set_local_mark(&self.mirror, &mark).map_err(|error| error.to_string())
         });
         if let Err(error) = done {
-            tracing::warn!(mirror = %self.mirror, error, "the orderly stop could not be noted: after a boot the store is compared with the standby");
+            let _ = self.distrust(node);
+            tracing::warn!(mirror = %self.mirror, error, "the orderly stop could not be noted: at the next start the store is compared with the standby");
         }
     }
 }
@@ -111,7 +123,7 @@ impl Drop for LocalDisk {
 }
 
 /// The thread's body.
-fn keep(shared: &Shared, root: &Root, node: &NodeState, mirror: &str, boot: &str, wal: &Path) {
+fn keep(shared: &Shared, sync: &dyn Fn() -> Result<(), Errno>, node: &NodeState, mirror: &str, boot: &str, wal: &Path) {
     let waiting = |stop: &mut bool| !*stop && (shared.issued.load(Ordering::Acquire) == shared.durable.load(Ordering::Acquire));
     loop {
         let stop = shared.stop.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,7 +135,7 @@ fn keep(shared: &Shared, root: &Root, node: &NodeState, mirror: &str, boot: &str
         }
         drop(stop);
         let lsn = Lsn(shared.issued.load(Ordering::Acquire));
-        let synced = rustix::fs::syncfs(root.fd()).map_err(|error| std::io::Error::from(error).to_string());
+        let synced = sync().map_err(|error| std::io::Error::from(error).to_string());
         // Without it a heal is right too, but knows less of what is older, and asks more often. Where the state lies on the same disk it is done already.
         let _ = File::open(wal).and_then(|wal| wal.sync_data());
         let stored = synced.and_then(|()| {
@@ -134,10 +146,15 @@ fn keep(shared: &Shared, root: &Root, node: &NodeState, mirror: &str, boot: &str
             Ok(()) => shared.durable.store(lsn.0, Ordering::Release),
             Err(error) => {
                 shared.failed.store(true, Ordering::Release);
+                // A restart in the same boot would take what the page cache shows for what is on the disk.
+                let suspect = LocalMark { boot: String::new(), lsn: Lsn(shared.durable.load(Ordering::Acquire)), clean: false };
+                if let Err(error) = node.set_local_mark(mirror, &suspect) {
+                    tracing::error!(mirror, %error, "that could not be noted: run `twinbox heal --force` after a restart");
+                }
                 tracing::error!(
                     mirror,
                     error,
-                    "this machine's own disk could not be synced: look at its kernel log; mail is still mirrored, and after a power cut more of it is compared with the standby"
+                    "this machine's own disk could not be synced: look at its kernel log; mail is still mirrored, and at the next start, power cut or not, it is compared with the standby"
                 );
                 return;
             }
@@ -171,6 +188,22 @@ mod tests {
         assert_eq!(mark(dir.path()), LocalMark { boot: "boot-2".into(), lsn: Lsn(12), clean: true });
         drop(start(dir.path(), 12)); // As a failure ends it: no mark.
         assert!(!mark(dir.path()).clean);
+    }
+
+    /// What the system kept of the pages it could not write is not known: a restart must not forget it.
+    #[test]
+    fn a_sync_that_failed_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = NodeState::open(dir.path()).unwrap();
+        node.set_local_mark("m", &LocalMark { boot: "boot-2".into(), lsn: Lsn(3), clean: false }).unwrap();
+        let mut disk = start(dir.path(), 3);
+        disk.end();
+        disk.issued(Lsn(5));
+        *disk.shared.stop.lock().unwrap() = false;
+        keep(&disk.shared, &|| Err(Errno::IO), &node, "m", "boot-2", Path::new("/nowhere"));
+        disk.stopped(Lsn(6), &node);
+        let mark = mark(dir.path());
+        assert_eq!((mark.lsn, mark.is_torn("boot-2", Lsn(3))), (Lsn(3), true), "{mark:?}");
     }
 
     #[test]

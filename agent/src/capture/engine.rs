@@ -104,6 +104,16 @@ pub enum CaptureError {
         "after a power cut this disk may lack mail that the standby has: `twinbox heal` brings it back, and `twinbox run` does so by itself; until then nothing is shipped"
     )]
     NotHealed {},
+    /// This node's memory is not the newest: it, and perhaps the store, were put back from a copy.
+    #[error(
+        "the standby is at LSN {theirs} and this node never issued one above {ours}: its state is an older copy (a snapshot or a backup was put back). Restart the agent, or run `twinbox heal`: what the standby has since then comes back; nothing was shipped"
+    )]
+    OlderState {
+        /// Highest LSN this node may have issued.
+        ours: Lsn,
+        /// Where the standby is.
+        theirs: Lsn,
+    },
     /// A system call of the loop failed.
     #[error("capture: {0}")]
     Io(#[from] io::Error),

@@ -150,6 +150,14 @@ impl Engine {
         let generation = self.config.known.generation;
         if let Replica::Holds { generation: theirs, position, .. } = &welcome.replica
             && *theirs == generation
+            && position.lsn >= self.outbox.next_lsn()
+        {
+            // A run begins above every number reserved before it, so that one was issued after the copy was made. The store may be as old: to be healed first.
+            self.disk.distrust(&self.node)?;
+            return Err(CaptureError::OlderState { ours: Lsn(self.outbox.next_lsn().0 - 1), theirs: position.lsn });
+        }
+        if let Replica::Holds { generation: theirs, position, .. } = &welcome.replica
+            && *theirs == generation
             && self.outbox.in_flight().any(|f| f.position == *position)
         {
             // Its last acknowledgements were lost on the way.
@@ -299,6 +307,8 @@ impl Engine {
         } else {
             position
         };
+        // Known to be this node's own, also when the manifest is lost.
+        self.node.reserve(&self.config.name, from.lsn)?;
         let done = self.view.replace(|manifest| manifest.commit(from));
         done.map_err(|e| self.view.manifest().state_error(&e))?;
         self.outbox.handle_restart(from);

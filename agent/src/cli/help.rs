@@ -95,7 +95,8 @@ pub(super) fn heal() -> String {
 The standby can have mail that this machine's disk lost when its power was cut. After an orderly stop, or
 when only the agent was killed, there is nothing to do and nobody is asked. Meant for a mail server that
 is not running. What was changed here after the last transaction is never overwritten; where that cannot
-be told, both versions are kept and the message says where. May be repeated, and interrupted.",
+be told, both versions are kept and the message says where. May be repeated, and interrupted. While
+paths cannot be put back it ends with 15, and nothing is shipped: --force-incomplete does without them.",
         &[
             Exit::Ok,
             Exit::Failure,

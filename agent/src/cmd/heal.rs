@@ -73,7 +73,10 @@ fn needed(args: &Heal, config: &Config, specs: &[MirrorSpec]) -> Result<(Vec<Job
     let (mut jobs, mut fine) = (vec![], vec![]);
     for spec in specs.iter().filter(|spec| args.mirror.is_empty() || args.mirror.iter().any(|name| name.as_str() == spec.name)) {
         match heal::need(config.node.as_str(), &config.state, spec.clone(), args.force)? {
-            Some(job) => {
+            Some(mut job) => {
+                if args.force_incomplete {
+                    job.accept_incomplete();
+                }
                 check_root(&spec.root)?;
                 jobs.push(job);
             }
@@ -145,15 +148,21 @@ fn tell(name: &str, outcome: Outcome, done: &Done, quiet: bool, took: Duration) 
             );
         }
     }
-    if let Some(rescue) = &done.rescue {
+    if let Some(rescue) = done.rescue.as_ref().filter(|_| done.rescued > 0) {
+        eprintln!("{name}: {} files of this disk gave way to the standby's; they are kept in {}.", done.rescued, rescue.display());
+    }
+    if let Some(rescue) = done.rescue.as_ref().filter(|_| done.beside > 0) {
         eprintln!(
-            "{name}: {} files here may be newer than the standby's, or half written. They stay; the standby's versions are in {}: compare them.",
-            done.doubtful,
+            "{name}: {} files here are or may be newer than the standby's, or half written. They stay; the standby's versions are in {}: compare them.",
+            done.beside,
             rescue.display()
         );
     }
     if done.unrestored > 0 {
-        eprintln!("{name}: {} paths could not be put back; the log says why (--log-level debug names them).", done.unrestored);
+        eprintln!(
+            "{name}: {} paths could not be put back and will be removed on the standby; what it has of them is kept in rescue. The log says why (--log-level debug names them).",
+            done.unrestored
+        );
     }
 }
 

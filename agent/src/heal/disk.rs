@@ -11,6 +11,7 @@ use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 
 use super::judge::Found;
+use crate::standby::copy;
 use crate::standby::replica::Replica;
 use crate::sys::{Probe, lease_probe};
 use crate::tree;
@@ -28,6 +29,7 @@ pub(super) fn found(replica: &mut Replica, path: &RelPath, wanted: Option<&Entry
         FileType::RegularFile => {
             let file = replica.file(path, false)?;
             busy = lease_probe(file.as_fd()) == Probe::Writer;
+            copy::forget_pages(&file);
             let names = names(&file, wanted.and_then(|w| w.hash().map(|_| w.size())))
                 .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
             hash = Some(names.whole);

@@ -59,7 +59,7 @@ pub(super) fn judge(wanted: Option<&Entry>, then: Option<Local>, found: Option<&
         return attributes(wanted, then, found);
     }
     if !wanted.same_type(&found.entry) {
-        return Verdict::Doubt;
+        return if found.was && !found.busy { Verdict::Replace } else { Verdict::Doubt };
     }
     if found.busy {
         return Verdict::Newer;
@@ -153,6 +153,7 @@ mod tests {
             (Verdict::ReplaceIfBeginning, then, other(at(9, 200)), "times too coarse to tell"),
             (Verdict::ReplaceIfBeginning, None, other(at(9, 150)), "nothing known"),
             (Verdict::Doubt, then, on_disk(entry(Kind::Dir), at(9, 150)), "another type"),
+            (Verdict::Replace, then, Found { was: true, ..on_disk(entry(Kind::Dir), at(9, 150)) }, "another type, which it was before"),
         ] {
             assert_eq!(case(then, found), verdict, "{why}");
         }

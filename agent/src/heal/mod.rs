@@ -40,6 +40,10 @@ use crate::tree::Root;
 
 /// Pause after an attempt that failed.
 const PAUSE: Duration = Duration::from_millis(500);
+/// The same after one that went through everything and could not put all of it back,
+const PAUSE_INCOMPLETE: Duration = Duration::from_secs(5);
+/// and how many of those: the standby may have been short of something. After that a person is needed.
+const TRIES_INCOMPLETE: u32 = 6;
 /// The standby's rows, while a heal runs.
 const SCRATCH: &str = "heal.db";
 
@@ -79,6 +83,16 @@ pub enum HealError {
     /// `state.db`.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The standby has more of it than could be put back.
+    #[error(
+        "mirror `{mirror}`: {paths} paths could not be put back (the log says why, --log-level debug names them); until they are, nothing is shipped, since it would remove them on the standby too. Mend it, on the standby or here, and run `twinbox heal` again; `twinbox heal --force-incomplete` does without them"
+    )]
+    Incomplete {
+        /// Which.
+        mirror: String,
+        /// How many.
+        paths: u64,
+    },
     /// Which boot this is.
     #[error("the kernel's boot id cannot be read: {0}")]
     Boot(std::io::Error),
@@ -91,7 +105,7 @@ impl HealError {
         match self {
             HealError::Remote { source, .. } => source.is_final(),
             HealError::Work { source: WorkError::Remote(source), .. } => source.is_final(),
-            HealError::NoStandby { .. } => false,
+            HealError::NoStandby { .. } | HealError::Incomplete { .. } => false,
             _ => true,
         }
     }
@@ -116,6 +130,7 @@ pub struct Job {
     history: MirrorState,
     boot: String,
     durable: Lsn,
+    incomplete: bool,
 }
 
 /// Whether a mirror's disk may lack what was shipped. `known`: the last position of this node's manifest.
@@ -158,7 +173,7 @@ pub fn need(node: &str, state_dir: &Path, spec: MirrorSpec, force: bool) -> Resu
         state.set_local_mark(&spec.name, &LocalMark { boot, ..mark })?;
         return Ok(None);
     }
-    Ok(Some(Job { node: node.into(), spec, state_dir: state_dir.into(), mirror_dir, history, boot, durable: mark.lsn }))
+    Ok(Some(Job { node: node.into(), spec, state_dir: state_dir.into(), mirror_dir, history, boot, durable: mark.lsn, incomplete: false }))
 }
 
 /// This node's own manifest; `None` when it is damaged (the capture sets it aside) or not there.
@@ -188,6 +203,23 @@ impl Job {
     #[must_use]
     pub fn durable(&self) -> Lsn {
         self.durable
+    }
+
+    /// Does without what cannot be put back: what the standby has of it goes to `rescue`.
+    pub fn accept_incomplete(&mut self) {
+        self.incomplete = true;
+    }
+
+    /// Whether what was done is enough to ship from here on.
+    fn is_enough(&self, done: &Done) -> Result<(), HealError> {
+        match done.unrestored {
+            0 => Ok(()),
+            paths if self.incomplete => {
+                tracing::error!(mirror = self.mirror(), paths, "paths could not be put back, as was accepted");
+                Ok(())
+            }
+            paths => Err(HealError::Incomplete { mirror: self.spec.name.clone(), paths }),
+        }
     }
 
     fn remote(&self, source: RemoteError) -> HealError {
@@ -250,9 +282,11 @@ pub async fn heal(job: &Job, paths: &Paths, mut progress: impl FnMut(&Done) + Se
         let root = Root::open(&job.spec.root).map_err(|e| job.work(e.into()))?;
         let source = Waiting { runtime, remote };
         let manifest = manifest.map(|(manifest, _)| manifest);
-        let work = Plan { root, manifest, pulled, selection: &job.spec.selection, mirror_dir: &job.mirror_dir, source };
+        let (selection, incomplete) = (&job.spec.selection, job.incomplete);
+        let work = Plan { root, manifest, pulled, selection, mirror_dir: &job.mirror_dir, source, incomplete };
         run(work, &mut progress).map_err(|error| job.work(error))
     })?;
+    job.is_enough(&done)?;
     note(job, position.lsn.max(job.durable))?;
     Ok((Outcome::Healed, done))
 }
@@ -265,10 +299,11 @@ struct Plan<'a, S> {
     selection: &'a Selection,
     mirror_dir: &'a Path,
     source: S,
+    incomplete: bool,
 }
 
 fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) -> Result<Done, WorkError> {
-    let Plan { root, manifest, pulled, selection, mirror_dir, source } = plan;
+    let Plan { root, manifest, pulled, selection, mirror_dir, source, incomplete } = plan;
     let mut replica = Replica::new(root);
     replica.synced = true;
     let mut work = work::Work {
@@ -284,14 +319,18 @@ fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) ->
         links: Default::default(),
         kept: Default::default(),
         listing: None,
+        missing: Default::default(),
+        incomplete,
     };
     work.run()?;
     Ok(work.done)
 }
 
-/// This boot is healed, and everything up to `lsn` is on the disk: one write.
+/// This boot is healed, and everything up to `lsn` is on the disk: the last write of a heal.
 fn note(job: &Job, lsn: Lsn) -> Result<(), StateError> {
     let state = NodeState::open(&job.state_dir)?;
+    // A state that was put back from a copy does not know which numbers were used since.
+    state.reserve(job.mirror(), lsn)?;
     state.set_local_mark(job.mirror(), &LocalMark { boot: job.boot.clone(), lsn, clean: false })
 }
 
@@ -332,23 +371,36 @@ pub async fn until_healed(
         Some(_) => "it does not answer".to_owned(),
         None => "no [[peer]] with a key is configured".into(),
     };
+    let (mut incomplete, mut tries) = (None, 0);
     let all = async {
         let Some(paths) = paths else { return std::future::pending().await };
         loop {
-            match heal(job, paths, &mut progress).await {
-                Err(error) if !error.is_final() => {
-                    tracing::warn!(mirror = job.mirror(), %error, "heal begins again");
-                    why = error.to_string();
-                }
+            let error = match heal(job, paths, &mut progress).await {
+                Err(error) if !error.is_final() => error,
                 ended => return ended,
+            };
+            tracing::warn!(mirror = job.mirror(), %error, "heal begins again");
+            why = error.to_string();
+            let mut pause = PAUSE;
+            if let HealError::Incomplete { mirror, paths } = error {
+                (pause, tries) = (PAUSE_INCOMPLETE, tries + 1);
+                if tries == TRIES_INCOMPLETE {
+                    return Err(HealError::Incomplete { mirror, paths });
+                }
+                incomplete = Some(paths);
+            } else {
+                incomplete = None;
             }
-            tokio::time::sleep_until(Instant::now() + PAUSE).await;
+            tokio::time::sleep_until(Instant::now() + pause).await;
         }
     };
     let ended = match deadline {
         None => Some(all.await),
         Some(at) => tokio::time::timeout_at(at, all).await.ok(),
     };
+    if let (None, Some(paths)) = (&ended, incomplete) {
+        return Err(HealError::Incomplete { mirror: job.mirror().into(), paths });
+    }
     ended.unwrap_or_else(|| Err(HealError::NoStandby { mirror: job.mirror().into(), why: addresses(paths).unwrap_or(why) }))
 }
 

@@ -13,6 +13,7 @@ use rustix::fs::{self as rfs, FileType, RawDir};
 use rustix::io::Errno;
 use serde::Serialize;
 use twinbox_protocol::entry::{Entry, Kind, Time};
+use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::{Manifest, plain_dir};
 use twinbox_resync::rows::{Local, Row, RowError, Rows};
@@ -21,13 +22,16 @@ use super::disk;
 use super::judge::{Found, Verdict, judge};
 use super::remote::{RemoteError, Source};
 use crate::layout::Selection;
-use crate::standby::replica::{Bytes, Replica};
+use crate::standby::replica::{Bytes, Over, Replica};
 use crate::standby::rescue::{Rescue, Why};
 use crate::standby::{attrs, copy};
 use crate::tree;
 
 /// Rows looked at between two looks into the database.
 const PAGE: usize = 500;
+
+/// Looks at a path that somebody else is changing.
+const LOOKS: u32 = 3;
 
 /// What a heal did; the numbers are paths. An interface: fields are only added.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -42,19 +46,23 @@ pub struct Done {
     pub attributes: u64,
     /// Removed before the cut, removed again.
     pub removed: u64,
-    /// Changed here after the last transaction: left as they are.
+    /// Changed here after the last transaction: left as they are; what the standby has is in `rescue` unless it is the beginning of what is here.
     pub newer: u64,
     /// Moved here after the last transaction: left where they are.
     pub moved: u64,
     /// In doubt: left as they are, the standby's version is in `rescue`.
     pub doubtful: u64,
-    /// The standby's replica does not have their content either.
+    /// Not what the standby has, and not decided either: its replica does not have their content, or the disk refuses them. Not healed while there are any.
     pub unrestored: u64,
+    /// The standby's versions that are in `rescue`.
+    pub beside: u64,
+    /// The disk's own versions that went to `rescue`.
+    pub rescued: u64,
     /// Written in place once, so to be read again by the capture.
     pub reread: u64,
     /// Bytes that came from the standby.
     pub bytes: u64,
-    /// Where versions in doubt are.
+    /// Where versions that were not left in place are.
     pub rescue: Option<PathBuf>,
 }
 
@@ -79,6 +87,12 @@ pub enum WorkError {
     /// The rows.
     #[error("heal: {0}")]
     Rows(#[from] RowError),
+    /// Somebody changed a path between a look at it and the step that followed.
+    #[error("{path} was changed while it was healed")]
+    Changed {
+        /// Which.
+        path: String,
+    },
     /// A database.
     #[error(transparent)]
     State(#[from] twinbox_resync::schema::StateError),
@@ -106,6 +120,10 @@ pub(super) struct Work<'a, S> {
     /// Inodes that are where the mail server moved them.
     pub(super) kept: BTreeSet<u64>,
     pub(super) listing: Option<Listing>,
+    /// Contents that could not be put where they belong.
+    pub(super) missing: BTreeSet<ContentHash>,
+    /// The operator does without what cannot be put back: what the standby has of it is kept in `rescue`.
+    pub(super) incomplete: bool,
 }
 
 impl<S: Source> Work<'_, S> {
@@ -117,7 +135,7 @@ impl<S: Source> Work<'_, S> {
             let Some((last, _)) = page.last() else { break };
             at = Some(last.clone());
             for (path, entry) in page {
-                self.path(&path, Some(&entry)).or_else(|error| self.tolerate(&path, error))?;
+                self.path(&path, Some(&entry)).or_else(|error| self.tolerate(&path, Some(&entry), error))?;
             }
             (self.progress)(&self.done);
         }
@@ -127,7 +145,7 @@ impl<S: Source> Work<'_, S> {
             let Some(last) = page.last() else { break };
             at = Some(last.clone());
             for path in page {
-                self.path(&path, None).or_else(|error| self.tolerate(&path, error))?;
+                self.path(&path, None).or_else(|error| self.tolerate(&path, None, error))?;
             }
             (self.progress)(&self.done);
         }
@@ -137,19 +155,32 @@ impl<S: Source> Work<'_, S> {
     }
 
     /// A path that the system will not let us have (a name too long here, no permission) must not hold up the others.
-    fn tolerate(&mut self, path: &RelPath, error: WorkError) -> Result<(), WorkError> {
-        match error {
-            WorkError::Disk { source: Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::ROFS | Errno::MFILE | Errno::NFILE, .. } => {
-                Err(error)
-            }
-            WorkError::Disk { path: shown, source } => {
-                tracing::error!(error = %std::io::Error::from(source), "a path could not be healed; the rest goes on");
-                tracing::debug!(path = %path, shown, "not healed");
-                self.done.unrestored += 1;
-                Ok(())
-            }
-            other => Err(other),
+    fn tolerate(&mut self, path: &RelPath, wanted: Option<&Entry>, error: WorkError) -> Result<(), WorkError> {
+        let (shown, source) = match error {
+            WorkError::Disk {
+                source: Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::ROFS | Errno::MFILE | Errno::NFILE | Errno::NOMEM,
+                ..
+            } => return Err(error),
+            WorkError::Disk { path, source } => (path, source),
+            WorkError::Changed { path } => (path, Errno::BUSY),
+            other => return Err(other),
+        };
+        tracing::error!(error = %std::io::Error::from(source), "a path could not be healed; the rest goes on");
+        tracing::debug!(path = %path, shown, "not healed");
+        let Some(wanted) = wanted else {
+            // It stays, and mail comes back rather than vanishes.
+            self.done.newer += 1;
+            return Ok(());
+        };
+        self.missing.extend(wanted.hash());
+        let unrestored = self.done.unrestored + 1;
+        if self.incomplete
+            && let Some((file, _)) = self.fetch(path, wanted)?
+        {
+            self.beside(path, wanted, &file)?;
         }
+        self.done.unrestored = unrestored;
+        Ok(())
     }
 
     fn row(&self, path: &RelPath) -> Result<Option<Row>, WorkError> {
@@ -159,12 +190,24 @@ impl<S: Source> Work<'_, S> {
         })
     }
 
+    /// Looks and acts; again when somebody else acted in between.
     fn path(&mut self, path: &RelPath, wanted: Option<&Entry>) -> Result<(), WorkError> {
+        self.done.compared += 1;
+        for _ in 1..LOOKS {
+            match self.step(path, wanted) {
+                Err(WorkError::Changed { .. }) => {}
+                ended => return ended,
+            }
+        }
+        self.step(path, wanted)
+    }
+
+    fn step(&mut self, path: &RelPath, wanted: Option<&Entry>) -> Result<(), WorkError> {
         let failed = |source| WorkError::Disk { path: path.to_string(), source };
         if self.selection.excludes(path.as_bytes(), wanted.is_some_and(Entry::is_dir)) {
+            self.done.compared -= 1;
             return Ok(());
         }
-        self.done.compared += 1;
         let row = self.row(path)?;
         // A noted ctime of nothing says: to be read again.
         let then =
@@ -173,14 +216,28 @@ impl<S: Source> Work<'_, S> {
         if let Some(found) = &mut found {
             self.recognise(path, row.as_ref(), found)?;
         }
+        if wanted.and_then(Entry::hash) == Some(ContentHash([0; 32])) && found.is_some() {
+            // A path that the standby could not apply: it does not say what it should be.
+            self.done.newer += 1;
+            return Ok(());
+        }
         let verdict = judge(wanted, then, found.as_ref());
         match (verdict, wanted) {
+            (Verdict::Same, None) => {
+                // Set aside by a heal that was cut short.
+                if let Some(temp) = Replica::displaced(path) {
+                    self.replica.remove(&temp).map_err(failed)?;
+                }
+            }
             (Verdict::Same, _) => {}
-            (Verdict::Newer, _) => self.done.newer += 1,
+            (Verdict::Newer, Some(wanted)) => self.newer(path, wanted, found.as_ref())?,
+            (Verdict::Newer, None) => self.done.newer += 1,
             (Verdict::Attributes, Some(wanted)) => self.attributes(path, wanted, found.as_ref()).map_err(failed)?,
             (Verdict::Restore, Some(wanted)) => self.restore(path, wanted, then)?,
-            (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => self.replace(path, wanted, then, verdict)?,
-            (Verdict::Remove, _) => self.remove(path, found.as_ref()).map_err(failed)?,
+            (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => {
+                self.replace(path, wanted, then, verdict, found.as_ref())?
+            }
+            (Verdict::Remove, _) => self.remove(path, found.as_ref())?,
             (_, None) => {}
         }
         Ok(())
@@ -228,7 +285,8 @@ impl<S: Source> Work<'_, S> {
             return Ok(());
         }
         self.parents(path)?;
-        if self.put(path, wanted, then)? {
+        self.replica.over = Over::Nothing;
+        if self.put(path, wanted, then, None)? {
             self.done.restored += 1;
         }
         Ok(())
@@ -258,9 +316,9 @@ impl<S: Source> Work<'_, S> {
     }
 
     /// Makes `path` what it is on the standby; `false` when that has not got it either.
-    fn put(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>) -> Result<bool, WorkError> {
+    fn put(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, over: Option<&Found>) -> Result<bool, WorkError> {
         if !matches!(wanted.kind, Kind::File { .. }) {
-            self.replica.make(path, wanted).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+            self.replica.make(path, wanted).map_err(|source| self.unnamed(path, source))?;
             return Ok(true);
         }
         if let Some(then) = then
@@ -269,6 +327,9 @@ impl<S: Source> Work<'_, S> {
             return Ok(true);
         }
         let Some((file, names)) = self.fetch(path, wanted)? else { return Ok(false) };
+        if let Some(found) = over {
+            self.is_still(path, found)?;
+        }
         for other in names {
             if self.link_to(&other, path, wanted)? {
                 return Ok(true);
@@ -279,7 +340,7 @@ impl<S: Source> Work<'_, S> {
 
     fn place(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, file: &File) -> Result<bool, WorkError> {
         let put = self.replica.put(path, wanted, &Bytes::File(file, wanted.size()));
-        put.map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+        put.map_err(|source| self.unnamed(path, source))?;
         if let (Some(then), Some(manifest)) = (then, &self.manifest)
             && manifest.by_ino(then.ino).map_err(|e| manifest.state_error(&e))?.len() > 1
         {
@@ -319,8 +380,41 @@ impl<S: Source> Work<'_, S> {
         if found.is_none_or(|found| found.entry != *wanted) {
             return Ok(false);
         }
-        self.replica.link(other, path).map_err(|source| WorkError::Disk { path: path.to_string(), source })?;
+        self.replica.link(other, path).map_err(|source| self.unnamed(path, source))?;
         Ok(true)
+    }
+
+    /// Why something did not get its name.
+    fn unnamed(&self, path: &RelPath, source: Errno) -> WorkError {
+        match (self.replica.over, source) {
+            (Over::Nothing, Errno::EXIST) | (Over::Exchange, Errno::NOENT) => WorkError::Changed { path: path.to_string() },
+            _ => WorkError::Disk { path: path.to_string(), source },
+        }
+    }
+
+    /// Whether what is at `path` is still what was looked at; contents come over the network meanwhile.
+    fn is_still(&mut self, path: &RelPath, found: &Found) -> Result<(), WorkError> {
+        match self.replica.stat(path) {
+            Ok(Some(stat)) if tree::local(&stat) == found.local => Ok(()),
+            Ok(_) => Err(WorkError::Changed { path: path.to_string() }),
+            Err(source) => Err(WorkError::Disk { path: path.to_string(), source }),
+        }
+    }
+
+    /// Removes what was at `path` and is under the temporary name now, if it is what was looked at and nobody writes to it; else keeps it. Gives whether it was.
+    fn discard(&mut self, path: &RelPath, found: &Found) -> Result<bool, WorkError> {
+        let Some(temp) = Replica::displaced(path) else { return Ok(true) };
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        let Some(now) = disk::found(&mut self.replica, &temp, None).map_err(failed)? else { return Ok(true) };
+        if now.local.ino == found.local.ino && now.entry.kind == found.entry.kind && !now.busy {
+            self.replica.remove(&temp).map_err(failed)?;
+            return Ok(true);
+        }
+        let kept = self.rescue.take_as(&mut self.replica, &temp, path, Why::Heal).map_err(failed)?;
+        tracing::error!(kept = %kept.display(), "a file that gave way to the standby's was being written to: it is kept");
+        self.done.rescued += 1;
+        self.done.rescue = Some(self.mirror_dir.join("rescue"));
+        Ok(false)
     }
 
     /// The content, and other names of the file.
@@ -331,6 +425,7 @@ impl<S: Source> Work<'_, S> {
             tracing::error!("the standby's replica lacks a content that this disk lost too: look at its log");
             tracing::debug!(path = %path, %hash, "on neither side");
             self.done.unrestored += 1;
+            self.missing.insert(hash);
             return Ok(None);
         };
         file.rewind()?;
@@ -338,14 +433,42 @@ impl<S: Source> Work<'_, S> {
         Ok(Some((file, names)))
     }
 
-    fn replace(&mut self, path: &RelPath, wanted: &Entry, then: Option<Local>, verdict: Verdict) -> Result<(), WorkError> {
+    fn replace(
+        &mut self,
+        path: &RelPath,
+        wanted: &Entry,
+        then: Option<Local>,
+        verdict: Verdict,
+        found: Option<&Found>,
+    ) -> Result<(), WorkError> {
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        let Some(found) = found else { return Ok(()) };
+        self.replica.over = Over::Exchange;
         if verdict == Verdict::Replace {
-            if self.put(path, wanted, then)? {
-                self.done.replaced += 1;
-            }
+            let done = if !found.entry.same_type(wanted) {
+                // One cannot be renamed over the other.
+                let file = self.fetch(path, wanted)?;
+                if file.is_none() && wanted.hash().is_some() {
+                    return Ok(());
+                }
+                self.is_still(path, found)?;
+                self.rescue.take(&mut self.replica, path, Why::Heal).map_err(failed)?;
+                self.replica.over = Over::Nothing;
+                self.done.rescued += 1;
+                self.done.rescue = Some(self.mirror_dir.join("rescue"));
+                match file {
+                    Some((file, _)) => self.place(path, wanted, then, &file)?,
+                    None => self.put(path, wanted, then, None)?,
+                }
+            } else {
+                self.put(path, wanted, then, Some(found))? && {
+                    self.discard(path, found)?;
+                    true
+                }
+            };
+            self.done.replaced += u64::from(done);
             return Ok(());
         }
-        let failed = |source| WorkError::Disk { path: path.to_string(), source };
         let Some((file, _)) = self.fetch(path, wanted)? else {
             if wanted.hash().is_none() {
                 self.done.doubtful += 1; // A link or a directory: nothing that could be lost.
@@ -353,8 +476,37 @@ impl<S: Source> Work<'_, S> {
             return Ok(());
         };
         if verdict == Verdict::ReplaceIfBeginning && disk::begins(&self.replica.file(path, false).map_err(failed)?, &file)? {
+            self.is_still(path, found)?;
             self.place(path, wanted, then, &file)?;
+            self.discard(path, found)?;
             self.done.replaced += 1;
+            return Ok(());
+        }
+        self.beside(path, wanted, &file)?;
+        tracing::error!(
+            "a file here may be newer than the standby's, or half written: it stays, and the standby's version is kept beside; compare them"
+        );
+        self.done.doubtful += 1;
+        Ok(())
+    }
+
+    /// The disk's version stays and will be shipped over the standby's, which was acknowledged: unless all of it is in the disk's, it is kept.
+    fn newer(&mut self, path: &RelPath, wanted: &Entry, found: Option<&Found>) -> Result<(), WorkError> {
+        self.done.newer += 1;
+        if found.is_some_and(|found| !found.longer && found.entry.kind != wanted.kind)
+            && let Some((file, _)) = self.fetch(path, wanted)?
+        {
+            self.beside(path, wanted, &file)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the standby's version in `rescue`; once, however often it is healed.
+    fn beside(&mut self, path: &RelPath, wanted: &Entry, file: &File) -> Result<(), WorkError> {
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        self.done.beside += 1;
+        self.done.rescue = Some(self.mirror_dir.join("rescue"));
+        if self.rescue.holds(path, Why::Heal, wanted) {
             return Ok(());
         }
         let target = self.rescue.room(path, Why::Heal).map_err(failed)?;
@@ -365,22 +517,33 @@ impl<S: Source> Work<'_, S> {
         if let Some(dir) = target.parent() {
             File::open(dir)?.sync_all()?;
         }
-        tracing::error!(kept = %target.display(), "a file here may be newer than the standby's, or half written: it stays, and the standby's version is kept beside; compare them");
-        self.done.doubtful += 1;
-        self.done.rescue = Some(self.mirror_dir.join("rescue"));
+        tracing::warn!(kept = %target.display(), "the standby's version of a file is kept");
         Ok(())
     }
 
-    fn remove(&mut self, path: &RelPath, found: Option<&Found>) -> Result<(), Errno> {
-        if found.is_some_and(|found| self.kept.contains(&found.local.ino) || found.busy) {
+    fn remove(&mut self, path: &RelPath, found: Option<&Found>) -> Result<(), WorkError> {
+        let failed = |source| WorkError::Disk { path: path.to_string(), source };
+        let Some(found) = found else { return Ok(()) };
+        // Bytes that belong elsewhere and could not be put there may be the last.
+        let missing = found.entry.hash().is_some_and(|hash| self.missing.contains(&hash));
+        if self.kept.contains(&found.local.ino) || found.busy || missing {
             self.done.newer += 1;
             return Ok(());
         }
-        match self.replica.remove(path) {
-            Ok(()) => self.done.removed += 1,
-            // Something newer is in it.
-            Err(Errno::NOTEMPTY | Errno::EXIST) => self.done.newer += 1,
-            Err(other) => return Err(other),
+        if found.entry.is_dir() {
+            match self.replica.remove(path) {
+                Ok(()) => self.done.removed += 1,
+                // Something newer is in it.
+                Err(Errno::NOTEMPTY | Errno::EXIST) => self.done.newer += 1,
+                Err(source) => return Err(failed(source)),
+            }
+            return Ok(());
+        }
+        self.is_still(path, found)?;
+        self.replica.set_aside(path).map_err(failed)?;
+        match self.discard(path, found)? {
+            true => self.done.removed += 1,
+            false => self.done.newer += 1,
         }
         Ok(())
     }

@@ -450,6 +450,10 @@ impl Applier {
 
     fn sealed(&mut self, position: Position, seal: &Seal, flags: u8, captured_ns: i64) -> Result<(), StandbyError> {
         self.restore_dirs()?;
+        if !self.trouble.is_empty() {
+            // The bytes of a path that could not be made may be under a name that went in the same cut: a healing primary must not remove that.
+            self.manifest.forget_gone(position.lsn).map_err(|e| self.manifest.state_error(&e))?;
+        }
         self.manifest.remember_chain(position).map_err(|e| self.manifest.state_error(&e))?;
         self.applied = position;
         let complete = flags & FLAG_INITIAL == 0;

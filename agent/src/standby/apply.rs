@@ -2,7 +2,7 @@
 //!
 //! Rows first (an op that does not fit changes nothing on disk), then the disk; every step on disk can be repeated, so a full disk is waited out. Whatever is about to be
 //! replaced or removed and is not what the manifest says goes to rescue. An op the disk refuses for another reason is *quarantined*: the path's row is set to what
-//! the disk really holds, so that the digest differs from the primary's, which then compares all rows and sends what is missing.
+//! the disk really holds, so that the digest differs from the primary's, which then compares all rows and sends what is missing; the txn's removals are not told to a healing primary.
 
 use std::fs::File;
 use std::time::Duration;
@@ -83,6 +83,21 @@ impl Applier {
                         told = true;
                     }
                     self.pause(RETRY_EVERY, &error)?;
+                }
+                // Of this process or machine, not of the path: it passes.
+                Err(OpError::Sys(path, errno @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM))) => {
+                    let error =
+                        StandbyError::io("the standby is short of file descriptors or memory, raise its limits (LimitNOFILE=)", errno);
+                    if !told {
+                        tracing::error!(%path, %errno, "no descriptors or memory; trying again every second");
+                        self.shared.problem(error.to_string());
+                        told = true;
+                    }
+                    self.pause(RETRY_EVERY, &error)?;
+                }
+                Err(OpError::Sys(_, Errno::ROFS)) => {
+                    let what = format!("the replica's file system {} is mounted read-only", self.replica.root.path().display());
+                    return Err(OpError::Fatal(StandbyError::io(what, Errno::ROFS)));
                 }
                 other => return other,
             }
@@ -387,16 +402,12 @@ impl Applier {
         }
     }
 
-    /// Sets the rows of a path and of everything below it to what the disk really holds.
+    /// Sets the rows of a path and of everything below it to what the disk really holds; to nothing, and not to "removed", where that is not known or not there.
     fn quarantine(&mut self, path: &RelPath) -> Result<(), StandbyError> {
         let Some(row) = self.manifest.row(path)? else { return Ok(()) };
         let stat = self.replica.stat(path).ok().flatten().filter(|stat| same_type(stat, &row.entry));
         let Some(stat) = stat else {
-            for (below, _) in self.manifest.below(path)?.into_iter().rev() {
-                self.manifest.set(&below, None)?;
-            }
-            self.manifest.set(path, None)?;
-            return Ok(());
+            return Ok(self.manifest.forget(path)?);
         };
         let xattrs = self.replica.handle(path).and_then(|fd| tree::xattrs(std::os::fd::AsFd::as_fd(&fd), true)).unwrap_or_default();
         let target = if let Kind::Symlink { target } = &row.entry.kind { Some(target.to_vec()) } else { None };

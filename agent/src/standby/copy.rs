@@ -81,6 +81,17 @@ pub(crate) fn write_all_at(fd: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) ->
     Ok(())
 }
 
+/// Name of a whole file's bytes on the disk: pages that are clean are dropped first, for after a failed writeback they are not what the disk has. Dirty ones stay, and are the next `syncfs`'s.
+pub(crate) fn hash_on_disk(file: &File) -> io::Result<ContentHash> {
+    forget_pages(file);
+    hash(file)
+}
+
+/// Lets go of the clean pages of a file, so that the next read asks the disk.
+pub(crate) fn forget_pages(file: &File) {
+    let _ = rfs::fadvise(file, 0, None, rfs::Advice::DontNeed);
+}
+
 /// Name of a whole file's bytes.
 pub(crate) fn hash(file: &File) -> io::Result<ContentHash> {
     let mut hasher = blake3::Hasher::new();

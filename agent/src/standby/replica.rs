@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 use twinbox_protocol::entry::{Entry, Kind};
 use twinbox_protocol::path::RelPath;
@@ -28,6 +28,17 @@ pub(crate) enum Bytes<'a> {
     Here(&'a [u8]),
     /// The first so many of a file.
     File(&'a File, u64),
+}
+
+/// What becomes of a file that is where another is put.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Over {
+    /// It is replaced.
+    Replace,
+    /// There must be none: else `EXIST`.
+    Nothing,
+    /// It is left under the temporary name, to be looked at ([`Replica::displaced`]); `NOENT` if there is none.
+    Exchange,
 }
 
 /// A directory and a name in it.
@@ -61,6 +72,8 @@ pub(crate) struct Replica {
     pub(crate) dirs: BTreeSet<RelPath>,
     /// A file is durable before it gets its name (where no redo log stands behind it).
     pub(crate) synced: bool,
+    /// See [`Over`].
+    pub(crate) over: Over,
     next: u64,
 }
 
@@ -89,7 +102,7 @@ pub(crate) fn same_type(stat: &Stat, entry: &Entry) -> bool {
 impl Replica {
     pub(crate) fn new(root: Root) -> Self {
         let ordinary = !rustix::process::geteuid().is_root();
-        Replica { root, ordinary, lost: Lost::new(), dirs: BTreeSet::new(), synced: false, next: 0 }
+        Replica { root, ordinary, lost: Lost::new(), dirs: BTreeSet::new(), synced: false, over: Over::Replace, next: 0 }
     }
 
     /// Whether this user may make the entry at all.
@@ -225,12 +238,43 @@ impl Replica {
                 }
                 other => other?,
             }
-            let done = finish(self, &temp).and_then(|()| rfs::renameat(&temp.dir, temp.name.as_slice(), &place.dir, place.name.as_slice()));
+            let done = finish(self, &temp).and_then(|()| self.name(&temp, place));
             if done.is_err() {
                 let _ = temp.unlink();
             }
             return done;
         }
+    }
+
+    /// A temporary file gets its name.
+    fn name(&self, temp: &Place, place: &Place) -> Result<(), Errno> {
+        let flags = match self.over {
+            Over::Replace => RenameFlags::empty(),
+            Over::Nothing => RenameFlags::NOREPLACE,
+            Over::Exchange => RenameFlags::EXCHANGE,
+        };
+        match rfs::renameat_with(&temp.dir, temp.name.as_slice(), &place.dir, place.name.as_slice(), flags) {
+            // A file system that cannot: the look before is all there is.
+            Err(Errno::INVAL | Errno::NOSYS) if !flags.is_empty() => {
+                if self.over == Over::Nothing && place.stat()?.is_some() {
+                    return Err(Errno::EXIST);
+                }
+                rfs::renameat(&temp.dir, temp.name.as_slice(), &place.dir, place.name.as_slice())
+            }
+            other => other,
+        }
+    }
+
+    /// Where what was at `path` is since something was put there by [`Over::Exchange`], or since [`Replica::set_aside`].
+    pub(crate) fn displaced(path: &RelPath) -> Option<RelPath> {
+        path.parent()?.join(TEMP_HEAL)
+    }
+
+    /// Takes the name of a file away and leaves it where [`Replica::displaced`] says.
+    pub(crate) fn set_aside(&mut self, path: &RelPath) -> Result<(), Errno> {
+        let place = self.place_to_change(path)?;
+        let temp = Place { dir: place.dir.try_clone().map_err(|_| Errno::MFILE)?, name: TEMP_HEAL.to_vec() };
+        rfs::renameat(&place.dir, place.name.as_slice(), &temp.dir, temp.name.as_slice())
     }
 
     /// A regular file appears at `path`, whole, instead of whatever file is there.

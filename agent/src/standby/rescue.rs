@@ -12,6 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
+use twinbox_protocol::entry::Entry;
 use twinbox_protocol::path::RelPath;
 
 use super::attrs;
@@ -26,8 +27,18 @@ pub(crate) enum Why {
     Drift,
     /// Found when the directory was taken over.
     Adopt,
-    /// The standby's version of a file of which this disk, after a power cut, has another that may be newer.
+    /// After a power cut: the standby's version of a file of which this disk has another, or this disk's that gave way.
     Heal,
+}
+
+impl Why {
+    fn as_str(self) -> &'static str {
+        match self {
+            Why::Drift => "drift",
+            Why::Adopt => "adopt",
+            Why::Heal => "heal",
+        }
+    }
 }
 
 /// See the module's text.
@@ -44,20 +55,29 @@ impl Rescue {
         Rescue { base: state_dir.join("rescue") }
     }
 
+    fn relative(&self, path: &RelPath) -> PathBuf {
+        if path.as_bytes().len() + self.base.as_os_str().len() > 3900 {
+            // Longer than one system call takes: kept under a name made of its hash, the end of the path beside it.
+            return PathBuf::from(format!("long-{}", &blake3::hash(path.as_bytes()).to_hex()[..16])).join(OsStr::from_bytes(path.name()));
+        }
+        PathBuf::from(OsStr::from_bytes(path.as_bytes()))
+    }
+
+    /// Whether a file with this content of `path` is kept already.
+    pub(crate) fn holds(&self, path: &RelPath, why: Why, entry: &Entry) -> bool {
+        let (relative, kind) = (self.relative(path), format!("-{}", why.as_str()));
+        let tops = fs::read_dir(&self.base).into_iter().flatten().flatten();
+        tops.filter(|top| top.file_name().to_string_lossy().contains(&kind)).any(|top| {
+            let Ok(file) = File::open(top.path().join(&relative)) else { return false };
+            let same = file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == entry.size());
+            same && copy::hash(&file).is_ok_and(|hash| Some(hash) == entry.hash())
+        })
+    }
+
     /// A path under rescue that is free, its directory made.
     pub(crate) fn room(&self, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
         let secs = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let kind = match why {
-            Why::Drift => "drift",
-            Why::Adopt => "adopt",
-            Why::Heal => "heal",
-        };
-        let mut relative = PathBuf::from(OsStr::from_bytes(path.as_bytes()));
-        if path.as_bytes().len() + self.base.as_os_str().len() > 3900 {
-            // Longer than one system call takes: kept under a name made of its hash, the end of the path beside it.
-            relative =
-                PathBuf::from(format!("long-{}", &blake3::hash(path.as_bytes()).to_hex()[..16])).join(OsStr::from_bytes(path.name()));
-        }
+        let (kind, relative) = (why.as_str(), self.relative(path));
         for n in 0.. {
             let top = if n == 0 { format!("{secs}-{kind}") } else { format!("{secs}-{kind}.{n}") };
             let target = self.base.join(top).join(&relative);
@@ -74,7 +94,12 @@ impl Rescue {
 
     /// Moves what is at `path`, with everything below it, to rescue.
     pub(crate) fn take(&self, replica: &mut Replica, path: &RelPath, why: Why) -> Result<PathBuf, Errno> {
-        let target = self.room(path, why)?;
+        self.take_as(replica, path, path, why)
+    }
+
+    /// The same, kept as what was at `known_as`.
+    pub(crate) fn take_as(&self, replica: &mut Replica, path: &RelPath, known_as: &RelPath, why: Why) -> Result<PathBuf, Errno> {
+        let target = self.room(known_as, why)?;
         let place = replica.place_to_change(path)?;
         match rfs::renameat(&place.dir, place.name.as_slice(), rfs::CWD, &target) {
             Err(Errno::XDEV) => {

@@ -7,7 +7,7 @@ use rustix::fs::{self as rfs, FileType, Mode};
 use rustix::io::Errno;
 use twinbox_protocol::entry::Kind;
 use twinbox_protocol::path::RelPath;
-use twinbox_resync::rows::{Row, Rows};
+use twinbox_resync::rows::Row;
 
 use super::Work;
 use super::survey::{Plan, Source, full};
@@ -208,10 +208,12 @@ impl Work<'_> {
         for (path, why) in std::mem::take(&mut self.failed) {
             tracing::error!(%path, why, "a path could not be recovered; it is asked for again");
             problems.push(format!("{path} could not be recovered ({why}); it is asked for again"));
-            for (below, _) in self.manifest.below(&path)?.into_iter().rev() {
-                self.manifest.set(&below, None)?;
-            }
-            self.manifest.set(&path, None)?;
+            self.manifest.forget(&path)?;
+        }
+        if !problems.is_empty() {
+            // As in `Applier::sealed`; which txn it was is not known here.
+            let checkpoint = self.manifest.position().map_err(|e| self.manifest.state_error(&e))?;
+            self.manifest.forget_gone(checkpoint.lsn.next()).map_err(|e| self.manifest.state_error(&e))?;
         }
         Ok(problems)
     }

@@ -119,7 +119,7 @@ impl Work<'_> {
         {
             return Ok(Some(Seen { stat, hash: row.entry.hash() }));
         }
-        let hash = self.replica.file(path, false).ok().and_then(|file| copy::hash(&file).ok());
+        let hash = self.replica.file(path, false).ok().and_then(|file| copy::hash_on_disk(&file).ok());
         Ok(Some(Seen { stat, hash }))
     }
 
@@ -213,7 +213,7 @@ impl Work<'_> {
         for path in self.manifest.by_hash(hash).map_err(|e| self.manifest.state_error(&e))? {
             if !self.wanted.contains_key(&path)
                 && let Ok(file) = self.replica.file(&path, false)
-                && copy::hash(&file).is_ok_and(|found| found == hash)
+                && copy::hash_on_disk(&file).is_ok_and(|found| found == hash)
             {
                 return Ok(Some(path));
             }

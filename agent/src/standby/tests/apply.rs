@@ -149,3 +149,21 @@ async fn measure_a_burst_of_messages() {
     rig.applied(last).await;
     eprintln!("applied after {:?}", start.elapsed());
 }
+
+/// A healing primary repeats the removals it is told of: a failure here must not be one of them.
+#[tokio::test]
+async fn what_could_not_be_applied_is_not_told_as_removed() {
+    let mut rig = Rig::new().await;
+    let ops = vec![mkdir("d", 1), mkdir("e", 1), put("d/a", b"one", 1), put("e/b", b"two", 1), put("old", b"three", 1), put("x", b"x", 1)];
+    rig.check(ops).await;
+    rig.check(vec![remove("x")]).await;
+    for lost in ["d", "e"] {
+        fs::remove_dir_all(rig.root().join(lost)).unwrap();
+    }
+    // A file whose directory is gone, a directory that cannot be moved with what is in it, and the removal of what the first was made of.
+    let lsn = rig.send(vec![put("d/a", b"next", 2), rename("e", "f"), put("d/copy", b"three", 3), remove("old")]).await;
+    rig.applied(lsn).await;
+    assert_eq!(rig.problems().len(), 1);
+    rig.checkpoint().await;
+    assert_eq!(rig.gone(), ["x"]);
+}

@@ -429,6 +429,13 @@ impl Rig {
         self.standby.take().unwrap().stop();
     }
 
+    /// Paths the standby says were removed.
+    fn gone(&self) -> Vec<String> {
+        let (mut out, manifest) = (vec![], twinbox_resync::manifest::Manifest::open(&self.state().join("manifest.db"), true).unwrap());
+        manifest.each_gone(Lsn::ZERO, |path| out.push(path.to_string())).unwrap();
+        out
+    }
+
     /// Files kept in rescue, as `(path below its directory, bytes)`.
     fn rescued(&self) -> Vec<(String, Vec<u8>)> {
         fn walk(dir: &Path, base: &Path, out: &mut Vec<(String, Vec<u8>)>) {

@@ -354,3 +354,21 @@ async fn what_cannot_be_recovered_is_said_and_asked_for_again() {
     assert_eq!(position.lsn, lsn);
     assert_ne!(digest, rig.model.digest(), "so that the primary compares everything");
 }
+
+#[tokio::test]
+async fn what_could_not_be_recovered_is_not_told_as_removed() {
+    let mut rig = Rig::new().await;
+    rig.check(vec![put("f", &noise(1, 9000), 1), put("old", b"whole", 1), put("x", b"x", 1)]).await;
+    rig.check(vec![remove("x")]).await;
+    rig.checkpoint().await;
+    rig.hold();
+    let patch = rig.model.patch("f", &[(0, b"patched")], 9000, 2);
+    let lsn = rig.send(vec![patch, rename("f", "g"), remove("old")]).await;
+    rig.durable(lsn).await;
+    rig.crash();
+    fs::write(rig.root().join("f"), b"the base is lost").unwrap();
+    rig.start().unwrap();
+    assert!(rig.handle().status().last_error.is_some());
+    rig.stop();
+    assert_eq!(rig.gone(), ["x"]);
+}
