@@ -93,9 +93,7 @@ impl ExitCode {
             ExitCode::Permission => "permission denied",
             ExitCode::NotInTime => "the fence was not through in time; the changes still travel",
             ExitCode::Unprotected => "no standby follows: what changes now exists once",
-            ExitCode::Unhealed => {
-                "after a power cut this disk lacks mail or may lack it, and no standby answers that could tell or give it all"
-            }
+            ExitCode::Unhealed => "after a power cut this disk may lack mail that no standby could name or give back",
             ExitCode::Interrupted => "interrupted by Ctrl-C before the job was done",
         }
     }
