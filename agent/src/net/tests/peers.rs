@@ -142,7 +142,8 @@ async fn a_peer_that_was_killed_and_is_back_says_so_before_any_timeout() {
     a.pinned().pin(first.fingerprint(), "b").unwrap();
     let connection = soon(a.dial(at, key.fingerprint())).await.unwrap();
     let held = soon(first.accept()).await.unwrap();
-    life.shutdown_background();
+    // Ended before they are dropped: a driver that still runs would say goodbye for them.
+    soon(tokio::task::spawn_blocking(move || life.shutdown_timeout(Duration::from_secs(20)))).await.unwrap();
     drop((held, first));
     let again = soon(async {
         loop {
