@@ -10,7 +10,7 @@ check:
 
 # Tests only.
 test *ARGS:
-    cargo test --workspace {{ ARGS }}
+    cargo test --workspace --no-fail-fast {{ ARGS }}
 
 # Format everything.
 fmt:

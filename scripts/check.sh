@@ -28,8 +28,8 @@ for name in "$@"; do
         ;;
     test)
         # The README's test command, word for word.
-        step "cargo test --workspace"
-        cargo test --workspace
+        step "cargo test --workspace --no-fail-fast"
+        cargo test --workspace --no-fail-fast
         ;;
     doc)
         step "cargo doc"

@@ -121,6 +121,7 @@ impl Stage {
         nodes.iter_mut().for_each(Node::kill9);
         for node in &nodes {
             copy(&node.state, &node.state.with_extension("kept"));
+            copy(&node.config, &node.config.with_extension("kept"));
         }
         copy(&trees[1], &trees[1].with_extension("kept"));
         let codes = documented(&scratch);
@@ -133,6 +134,7 @@ impl Stage {
             drop(node.agent.take());
             let kept = node.state.with_extension("kept");
             mirror(&kept, &node.state);
+            fs::copy(node.config.with_extension("kept"), &node.config).expect("restore the configuration");
         }
         // In place, for the standby knows its files by inode; what another case changed is put right by the agents.
         mirror(&self.trees[1].with_extension("kept"), &self.trees[1]);
