@@ -92,6 +92,16 @@ impl Root {
         &self.path
     }
 
+    /// Whether its path still leads to it: not when another file system was mounted there, or the one it is on was unmounted lazily, of which the kernel says nothing while it is open.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        match (rfs::stat(&self.path), rfs::fstat(&self.fd)) {
+            (Ok(there), Ok(ours)) => (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino),
+            (Err(Errno::NOENT | Errno::NOTDIR), _) => false,
+            _ => true,
+        }
+    }
+
     /// The root's own descriptor.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {

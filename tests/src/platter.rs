@@ -54,10 +54,19 @@ impl Disk {
 
     /// Cuts the power and boots again. No program may have a file open on it.
     pub fn cut(&mut self) {
+        self.swap(&[]);
+    }
+
+    /// Mounts in its place what the disk has, without a boot and under the programs that use it: they keep what was mounted before.
+    pub fn mount_anew(&mut self) {
+        self.swap(&["-l"]);
+    }
+
+    fn swap(&mut self, how: &[&str]) {
         let before = self.image();
         self.cuts += 1;
         must("cp", &["--sparse=always", text(&before), text(&self.image())]);
-        must("umount", &[text(&self.at)]);
+        must("umount", &[how, &[text(&self.at)]].concat());
         let _ = fs::remove_file(before);
         self.mount();
     }

@@ -507,3 +507,39 @@ fn a_copy_of_a_stopped_primary_that_is_put_back_ships_no_removals() {
 fn a_copy_of_a_killed_primary_that_is_put_back_ships_no_removals() {
     rolled_back(false);
 }
+
+/// The store's file system goes and comes back without a boot, as with a disk that was pulled: what was in memory is gone all the same.
+#[test]
+fn a_store_that_is_mounted_anew_in_the_same_boot_is_healed() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    let mut world = World::new(true);
+    for round in 0..ROUNDS {
+        let names = world.prepare(25);
+        nap_until(Instant::now() + LOCALLY_DURABLE);
+        world.in_sync();
+        let begun = Instant::now();
+        world.deliver(&names);
+        wait_identical(&world.store(), &world.replica, Rules::of(Layout::Maildir), LIMIT).unwrap_or_else(|why| panic!("{why}"));
+        world.disk.mount_anew();
+        // Later the agent may have synced what was mounted, and the copy been made before.
+        let in_time = begun.elapsed() < Duration::from_millis(900);
+        let missing = world.missing(&names);
+        eprintln!("round {round}: {missing} are not on the disk");
+        wait_until(LIMIT, "the agent to see that its root is another", || {
+            world.primary.status().is_some_and(|s| s.value.to_string().contains("unmounted"))
+        });
+        world.primary.stop();
+        world.primary.start();
+        world.in_sync();
+        if !in_time {
+            continue;
+        }
+        has_all(&world.store(), &names);
+        has_all(&world.replica, &names);
+        if missing > 0 {
+            return world.end();
+        }
+    }
+    panic!("in {ROUNDS} rounds nothing was lost: the machine is too slow for this test");
+}

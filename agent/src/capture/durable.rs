@@ -62,7 +62,11 @@ impl LocalDisk {
         });
         let mut disk = LocalDisk { shared: shared.clone(), mirror: mirror.into(), boot: boot.into(), root: root.clone(), thread: None };
         let (root, mirror, boot, wal) = (root.clone(), mirror.to_owned(), boot.to_owned(), manifest.with_extension("db-wal"));
-        let sync = move || rustix::fs::syncfs(root.fd());
+        let sync = move || match rustix::fs::syncfs(root.fd()) {
+            // What was synced is not what is mounted now.
+            Ok(()) if !root.is_in_place() => Err(Errno::NODEV),
+            other => other,
+        };
         disk.thread = Some(std::thread::spawn(move || keep(&shared, &sync, &node, &mirror, &boot, &wal)));
         Ok(disk)
     }

@@ -426,6 +426,9 @@ impl Engine {
         }
         if now.duration_since(self.writers_at) >= WRITERS_EVERY {
             self.writers_at = now;
+            if !self.root.is_in_place() {
+                return Err(CaptureError::RootGone { path: self.config.root.clone() });
+            }
             let open: Vec<RelPath> = self.writers.keys().cloned().collect();
             for path in open {
                 self.check_writer(&path)?;
@@ -831,6 +834,10 @@ impl Engine {
         self.session = None;
         if let Ok(mut status) = self.handle.status.lock() {
             *status = self.summary.clone();
+        }
+        // The store may have been unmounted under us, and what comes back under the same boot id lack what was in memory.
+        if let Err(error) = self.disk.distrust(&self.node) {
+            tracing::error!(mirror = %self.config.name, %error, "run `twinbox heal --force` before the next start");
         }
     }
 
