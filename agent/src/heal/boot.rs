@@ -1,6 +1,9 @@
-//! Which boot of the machine this is.
+//! Which boot of the machine this is, and when it was.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+
+use twinbox_protocol::entry::Time;
 
 /// Names another file than the kernel's; for tests of power cuts only, which cannot boot.
 const FOR_TESTS: &str = "TWINBOX_BOOT_ID_FILE";
@@ -14,4 +17,19 @@ pub fn boot_id() -> std::io::Result<String> {
     let text = std::fs::read_to_string(path)?;
     // One word, as the mark in state.db keeps it.
     Ok(text.split_whitespace().collect())
+}
+
+/// When the machine was started, by its clock as it is now (`btime` of `proc_stat(5)`, whole seconds).
+///
+/// # Errors
+/// The system's.
+pub(super) fn booted() -> std::io::Result<Time> {
+    if let Some(path) = std::env::var_os(FOR_TESTS) {
+        // Written when the machine is to have started.
+        let meta = std::fs::metadata(path)?;
+        return Ok(Time { secs: meta.mtime(), nanos: meta.mtime_nsec() as u32 });
+    }
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    let secs = stat.lines().find_map(|line| line.strip_prefix("btime ")).and_then(|secs| secs.trim().parse().ok());
+    secs.map(|secs| Time { secs, nanos: 0 }).ok_or_else(|| std::io::Error::other("/proc/stat has no btime"))
 }

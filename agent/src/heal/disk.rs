@@ -49,6 +49,7 @@ pub(super) fn found(replica: &mut Replica, path: &RelPath, wanted: Option<&Entry
         busy,
         longer,
         known: false,
+        fresh: false,
     }))
 }
 

@@ -1,6 +1,6 @@
 //! What is to be done with a path after a power cut: a pure function of what the standby has, what this node knew, and what the disk has.
 //!
-//! Rules, in this order: what is equal stays. What the disk has and nobody else may have is never replaced: it is newer, or in doubt. What the disk has and the mirror had before is older: it is replaced.
+//! Rules, in this order: what is equal stays. What was changed after the boot stays. What the disk has and nobody else may have is never replaced: it is newer, or in doubt. What the disk has and the mirror had before is older: it is replaced.
 
 use twinbox_protocol::entry::Entry;
 use twinbox_resync::rows::Local;
@@ -20,6 +20,8 @@ pub(super) struct Found {
     pub(super) longer: bool,
     /// The mirror has this content somewhere.
     pub(super) known: bool,
+    /// It was changed after the power cut.
+    pub(super) fresh: bool,
 }
 
 /// What to do.
@@ -49,6 +51,7 @@ pub(super) fn judge(wanted: Option<&Entry>, then: Option<Local>, found: Option<&
     let (wanted, found) = match (wanted, found) {
         (None, None) => return Verdict::Same,
         (Some(_), None) => return Verdict::Restore,
+        (None, Some(found)) if found.fresh => return Verdict::Newer,
         // A directory goes when it is empty, which the system decides.
         (None, Some(found)) if found.entry.is_dir() || found.was || found.known => return Verdict::Remove,
         (None, Some(_)) => return Verdict::Newer,
@@ -59,9 +62,9 @@ pub(super) fn judge(wanted: Option<&Entry>, then: Option<Local>, found: Option<&
         return attributes(wanted, then, found);
     }
     if !wanted.same_type(&found.entry) {
-        return if found.was && !found.busy { Verdict::Replace } else { Verdict::Doubt };
+        return if found.was && !found.busy && !found.fresh { Verdict::Replace } else { Verdict::Doubt };
     }
-    if found.busy {
+    if found.busy || found.fresh {
         return Verdict::Newer;
     }
     if found.was {
@@ -91,6 +94,7 @@ fn attributes(wanted: &Entry, then: Option<Local>, found: &Found) -> Verdict {
     match then {
         // A directory's ctime moves with every name in it, so it tells nothing.
         Some(then) if found.local.ctime > then.ctime && !wanted.is_dir() => Verdict::Newer,
+        _ if found.fresh && !wanted.is_dir() => Verdict::Newer,
         _ => Verdict::Attributes,
     }
 }
@@ -120,7 +124,7 @@ mod tests {
     }
 
     fn on_disk(entry: Entry, local: Local) -> Found {
-        Found { entry, local, was: false, busy: false, longer: false, known: false }
+        Found { entry, local, was: false, busy: false, longer: false, known: false, fresh: false }
     }
 
     #[test]
@@ -136,6 +140,7 @@ mod tests {
             (Verdict::Replace, then, Found { was: true, ..other(at(7, 150)) }, "what it had before"),
             (Verdict::Replace, None, Found { was: true, ..other(at(9, 150)) }, "the same, acknowledgement lost"),
             (Verdict::Replace, then, other(at(9, 150)), "the file of before the rename over it"),
+            (Verdict::Newer, then, Found { was: true, fresh: true, ..other(at(7, 150)) }, "what it had before, since the boot"),
             (Verdict::Newer, then, other(at(7, 201)), "changed after the last look"),
             (Verdict::Newer, then, other(at(9, 201)), "replaced after the last look"),
             (Verdict::Newer, then, Found { longer: true, ..other(at(7, 150)) }, "appended to"),

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use twinbox_protocol::PROTOCOL_VERSION;
 use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::digest::Digest;
+use twinbox_protocol::entry::Time;
 use twinbox_protocol::ids::{Incarnation, Lsn};
 use twinbox_protocol::msg::{Hello, Position};
 use twinbox_resync::manifest::Manifest;
@@ -131,6 +132,8 @@ pub struct Job {
     boot: String,
     durable: Lsn,
     incomplete: bool,
+    /// When the machine was started, if that is why.
+    booted: Option<Time>,
 }
 
 /// Whether a mirror's disk may lack what was shipped. `known`: the last position of this node's manifest.
@@ -173,7 +176,19 @@ pub fn need(node: &str, state_dir: &Path, spec: MirrorSpec, force: bool) -> Resu
         state.set_local_mark(&spec.name, &LocalMark { boot, ..mark })?;
         return Ok(None);
     }
-    Ok(Some(Job { node: node.into(), spec, state_dir: state_dir.into(), mirror_dir, history, boot, durable: mark.lsn, incomplete: false }))
+    // A mark that names no boot is of a disk that lost something in this one: nothing on it is known to be of after that.
+    let booted = (!mark.boot.is_empty() && mark.boot != boot).then(boot::booted).transpose().map_err(HealError::Boot)?;
+    Ok(Some(Job {
+        node: node.into(),
+        spec,
+        state_dir: state_dir.into(),
+        mirror_dir,
+        history,
+        boot,
+        durable: mark.lsn,
+        incomplete: false,
+        booted,
+    }))
 }
 
 /// This node's own manifest; `None` when it is damaged (the capture sets it aside) or not there.
@@ -282,8 +297,8 @@ pub async fn heal(job: &Job, paths: &Paths, mut progress: impl FnMut(&Done) + Se
         let root = Root::open(&job.spec.root).map_err(|e| job.work(e.into()))?;
         let source = Waiting { runtime, remote };
         let manifest = manifest.map(|(manifest, _)| manifest);
-        let (selection, incomplete) = (&job.spec.selection, job.incomplete);
-        let work = Plan { root, manifest, pulled, selection, mirror_dir: &job.mirror_dir, source, incomplete };
+        let (selection, incomplete, booted) = (&job.spec.selection, job.incomplete, job.booted);
+        let work = Plan { root, manifest, pulled, selection, mirror_dir: &job.mirror_dir, source, incomplete, booted };
         run(work, &mut progress).map_err(|error| job.work(error))
     })?;
     job.is_enough(&done)?;
@@ -300,10 +315,11 @@ struct Plan<'a, S> {
     mirror_dir: &'a Path,
     source: S,
     incomplete: bool,
+    booted: Option<Time>,
 }
 
 fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) -> Result<Done, WorkError> {
-    let Plan { root, manifest, pulled, selection, mirror_dir, source, incomplete } = plan;
+    let Plan { root, manifest, pulled, selection, mirror_dir, source, incomplete, booted } = plan;
     let mut replica = Replica::new(root);
     replica.synced = true;
     let mut work = work::Work {
@@ -321,6 +337,8 @@ fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) ->
         listing: None,
         missing: Default::default(),
         incomplete,
+        booted,
+        touched: Default::default(),
     };
     work.run()?;
     Ok(work.done)

@@ -53,6 +53,7 @@ struct Rig {
     in_place: Vec<u64>,
     model: Model,
     incomplete: bool,
+    booted: Option<Time>,
 }
 
 fn p(text: &str) -> RelPath {
@@ -78,7 +79,17 @@ impl Rig {
         }
         fs::create_dir(dir.path().join("mirror")).unwrap();
         let model = Model { contents: BTreeMap::new(), calls: usize::MAX, names: vec![], meanwhile: vec![] };
-        Rig { dir, root, wanted: BTreeMap::new(), known: BTreeMap::new(), had: vec![], in_place: vec![], model, incomplete: false }
+        Rig {
+            dir,
+            root,
+            wanted: BTreeMap::new(),
+            known: BTreeMap::new(),
+            had: vec![],
+            in_place: vec![],
+            model,
+            incomplete: false,
+            booted: None,
+        }
     }
 
     fn entry(kind: Kind) -> Entry {
@@ -108,6 +119,23 @@ impl Rig {
         fs::write(&at, bytes).unwrap();
         let meta = fs::symlink_metadata(at).unwrap();
         Local { ino: meta.ino(), ctime: Time { secs: meta.ctime(), nanos: meta.ctime_nsec() as u32 } }
+    }
+
+    /// What is on the disk is of before a boot, and what comes is of after it: the clock of ctimes ticks in between, twice.
+    fn boot(&mut self) {
+        let probe = tempfile::tempdir_in(self.dir.path()).unwrap();
+        let tick = || {
+            let at = probe.path().join("probe");
+            let ctime = || {
+                fs::write(&at, b"").unwrap();
+                let meta = fs::metadata(&at).unwrap();
+                Time { secs: meta.ctime(), nanos: meta.ctime_nsec() as u32 }
+            };
+            let first = ctime();
+            std::iter::repeat_with(ctime).find(|ctime| *ctime > first).unwrap()
+        };
+        self.booted = Some(tick());
+        tick();
     }
 
     fn knows(&mut self, path: &str, entry: &Entry, ino: u64, ctime: Time) {
@@ -140,8 +168,8 @@ impl Rig {
         }
         let selection = Selection::new(Layout::Maildir, vec![]);
         let root = Root::open(&self.root).unwrap();
-        let (manifest, source, incomplete) = (Some(manifest), &mut self.model, self.incomplete);
-        let plan = Plan { root, manifest, pulled, selection: &selection, mirror_dir: &mirror_dir, source, incomplete };
+        let (manifest, source, incomplete, booted) = (Some(manifest), &mut self.model, self.incomplete, self.booted);
+        let plan = Plan { root, manifest, pulled, selection: &selection, mirror_dir: &mirror_dir, source, incomplete, booted };
         run(plan, &mut |_| {})
     }
 
@@ -313,6 +341,56 @@ fn what_is_written_during_a_heal_is_not_overwritten() {
     let mut rescued = rig.rescued();
     rescued.sort();
     assert_eq!(rescued, [&b"after"[..], b"half of it", b"lost"], "{done:?}");
+}
+
+/// A file is put back as it was some time ago, a name is used again: known, and yet the last word.
+#[test]
+fn what_was_changed_after_the_boot_is_newer_whatever_it_holds() {
+    let mut rig = Rig::new();
+    rig.on_disk("u/before", b"before");
+    rig.has("u/before", b"after");
+    rig.on_disk("u/removed", b"removed");
+    rig.gone("u/removed");
+    rig.on_disk("u/cur/a", b"shared");
+    fs::hard_link(rig.root.join("u/cur/a"), rig.root.join("u/cur/b")).unwrap();
+    rig.gone("u/cur/a");
+    rig.gone("u/cur/b");
+    rig.boot();
+    rig.on_disk("u/again", b"before");
+    rig.has("u/again", b"after");
+    rig.on_disk("u/anew", b"removed");
+    rig.gone("u/anew");
+    fs::create_dir(rig.root.join("u/.Folder")).unwrap();
+    rig.gone("u/.Folder");
+    for path in ["u/before", "u/again"] {
+        rig.had.push((p(path), ContentHash::of(b"before")));
+    }
+    for path in ["u/removed", "u/anew"] {
+        rig.had.push((p(path), ContentHash::of(b"removed")));
+    }
+    for path in ["u/cur/a", "u/cur/b"] {
+        rig.had.push((p(path), ContentHash::of(b"shared")));
+    }
+    let done = rig.heal();
+    assert_eq!((done.replaced, done.removed, done.newer), (1, 3, 3), "{done:?}");
+    rig.holds("u/before", b"after");
+    rig.holds("u/again", b"before");
+    rig.holds("u/anew", b"removed");
+    assert!(rig.root.join("u/.Folder").exists() && !rig.root.join("u/removed").exists());
+    assert_eq!(rig.rescued(), [b"after"]);
+}
+
+/// A clock that is behind after the boot makes new files look old.
+#[test]
+fn what_is_older_by_its_ctime_alone_is_kept() {
+    let mut rig = Rig::new();
+    rig.on_disk("u/a", b"nobody knows this");
+    let entry = rig.has("u/a", b"captured");
+    rig.knows("u/a", &entry, 1, later());
+    let done = rig.heal();
+    assert_eq!(done.replaced, 1, "{done:?}");
+    rig.holds("u/a", b"captured");
+    assert_eq!(rig.rescued(), [b"nobody knows this"]);
 }
 
 /// What was acknowledged is on no other machine once the disk's version was shipped over it.

@@ -124,6 +124,10 @@ pub(super) struct Work<'a, S> {
     pub(super) missing: BTreeSet<ContentHash>,
     /// The operator does without what cannot be put back: what the standby has of it is kept in `rescue`.
     pub(super) incomplete: bool,
+    /// When this machine was started, if the disk lost something by that.
+    pub(super) booted: Option<Time>,
+    /// Inodes whose ctime this heal moved.
+    pub(super) touched: BTreeSet<u64>,
 }
 
 impl<S: Source> Work<'_, S> {
@@ -215,6 +219,7 @@ impl<S: Source> Work<'_, S> {
         let mut found = disk::found(&mut self.replica, path, wanted).map_err(failed)?;
         if let Some(found) = &mut found {
             self.recognise(path, row.as_ref(), found)?;
+            found.fresh = self.is_fresh(path, found);
         }
         if wanted.and_then(Entry::hash) == Some(ContentHash([0; 32])) && found.is_some() {
             // A path that the standby could not apply: it does not say what it should be.
@@ -241,6 +246,14 @@ impl<S: Source> Work<'_, S> {
             (_, None) => {}
         }
         Ok(())
+    }
+
+    /// Whether it was changed after the boot, and not by this heal: the last word then, whatever the mirror knows. A ctime ahead of the clock is of before, when that was another.
+    fn is_fresh(&self, path: &RelPath, found: &Found) -> bool {
+        let ours = self.touched.contains(&found.local.ino) || found.entry.is_dir() && self.replica.dirs.contains(path);
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let now = Time { secs: now.tv_sec, nanos: now.tv_nsec as u32 };
+        self.booted.is_some_and(|booted| !ours && (booted..=now).contains(&found.local.ctime))
     }
 
     /// Whether the mirror knows what was found.
@@ -272,6 +285,7 @@ impl<S: Source> Work<'_, S> {
         if let Some(found) = found.filter(|_| wanted.is_dir()) {
             entry.mtime = entry.mtime.max(found.entry.mtime);
         }
+        self.touched.extend(found.map(|found| found.local.ino));
         self.replica.set_attrs(path, &entry)?;
         self.done.attributes += 1;
         Ok(())
@@ -377,9 +391,8 @@ impl<S: Source> Work<'_, S> {
     fn link_to(&mut self, other: &RelPath, path: &RelPath, wanted: &Entry) -> Result<bool, WorkError> {
         let found =
             disk::found(&mut self.replica, other, Some(wanted)).map_err(|source| WorkError::Disk { path: other.to_string(), source })?;
-        if found.is_none_or(|found| found.entry != *wanted) {
-            return Ok(false);
-        }
+        let Some(found) = found.filter(|found| found.entry == *wanted) else { return Ok(false) };
+        self.touched.insert(found.local.ino);
         self.replica.link(other, path).map_err(|source| self.unnamed(path, source))?;
         Ok(true)
     }
@@ -401,20 +414,22 @@ impl<S: Source> Work<'_, S> {
         }
     }
 
-    /// Removes what was at `path` and is under the temporary name now, if it is what was looked at and nobody writes to it; else keeps it. Gives whether it was.
-    fn discard(&mut self, path: &RelPath, found: &Found) -> Result<bool, WorkError> {
+    /// Removes what was at `path` and is under the temporary name now, if the mirror knows it (`known`), it is what was looked at and nobody writes to it; else keeps it. Gives whether it was that.
+    fn discard(&mut self, path: &RelPath, found: &Found, known: bool) -> Result<bool, WorkError> {
+        self.touched.insert(found.local.ino);
         let Some(temp) = Replica::displaced(path) else { return Ok(true) };
         let failed = |source| WorkError::Disk { path: path.to_string(), source };
         let Some(now) = disk::found(&mut self.replica, &temp, None).map_err(failed)? else { return Ok(true) };
-        if now.local.ino == found.local.ino && now.entry.kind == found.entry.kind && !now.busy {
+        let same = now.local.ino == found.local.ino && now.entry.kind == found.entry.kind && !now.busy;
+        if same && known {
             self.replica.remove(&temp).map_err(failed)?;
             return Ok(true);
         }
         let kept = self.rescue.take_as(&mut self.replica, &temp, path, Why::Heal).map_err(failed)?;
-        tracing::error!(kept = %kept.display(), "a file that gave way to the standby's was being written to: it is kept");
+        tracing::error!(kept = %kept.display(), same, "a file that gave way to the standby's and that nobody else may have is kept");
         self.done.rescued += 1;
         self.done.rescue = Some(self.mirror_dir.join("rescue"));
-        Ok(false)
+        Ok(same)
     }
 
     /// The content, and other names of the file.
@@ -462,7 +477,7 @@ impl<S: Source> Work<'_, S> {
                 }
             } else {
                 self.put(path, wanted, then, Some(found))? && {
-                    self.discard(path, found)?;
+                    self.discard(path, found, found.was || found.known)?;
                     true
                 }
             };
@@ -478,7 +493,8 @@ impl<S: Source> Work<'_, S> {
         if verdict == Verdict::ReplaceIfBeginning && disk::begins(&self.replica.file(path, false).map_err(failed)?, &file)? {
             self.is_still(path, found)?;
             self.place(path, wanted, then, &file)?;
-            self.discard(path, found)?;
+            // Its bytes are the beginning of what took its place.
+            self.discard(path, found, true)?;
             self.done.replaced += 1;
             return Ok(());
         }
@@ -541,7 +557,7 @@ impl<S: Source> Work<'_, S> {
         }
         self.is_still(path, found)?;
         self.replica.set_aside(path).map_err(failed)?;
-        match self.discard(path, found)? {
+        match self.discard(path, found, true)? {
             true => self.done.removed += 1,
             false => self.done.newer += 1,
         }
