@@ -38,6 +38,18 @@ pub fn ignore_sigio() {
     }
 }
 
+/// Stops the file system a directory is on as a power cut does: what is not on the disk never gets there (`FS_IOC_SHUTDOWN` of ext4 and XFS, without flushing the log). Until it is mounted anew everything fails.
+#[cfg(test)]
+pub(crate) fn lose_power(dir: BorrowedFd<'_>) -> std::io::Result<()> {
+    /// `_IOR('X', 125, __u32)` and `EXT4_GOING_FLAGS_NOLOGFLUSH`.
+    const SHUTDOWN: libc::Ioctl = 0x8004_587d_u32 as libc::Ioctl;
+    let how: u32 = 2;
+    // SAFETY: this request reads four bytes at the address, which is that of `how`, alive until the call returns; the descriptor is borrowed, so it is open.
+    #[allow(unsafe_code)]
+    let done = unsafe { libc::ioctl(dir.as_raw_fd(), SHUTDOWN, &raw const how) };
+    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -582,7 +582,7 @@ impl Engine {
     }
 }
 
-fn wall() -> Time {
+pub(super) fn wall() -> Time {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     Time { secs: now.tv_sec, nanos: now.tv_nsec as u32 }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-use super::turns::Rig;
+use super::turns::{Rig, big, started};
 
 fn write(rig: &Rig, name: &str, bytes: &[u8]) -> u64 {
     fs::write(rig.root.join(name), bytes).unwrap();
@@ -55,4 +55,19 @@ fn inodes_written_in_place_are_noted_and_no_others() {
     rig.until("both", |rig| rig.engine.view.manifest().in_place_after(None).unwrap().is_some());
     assert_eq!(rig.engine.view.manifest().in_place_after(None).unwrap(), Some(ino));
     assert_eq!(rig.engine.view.manifest().in_place_after(Some(ino)).unwrap(), None);
+}
+
+/// A large file that is written all over is sent ahead and named, not patched: written in place it is all the same.
+#[test]
+fn a_large_file_written_all_over_in_place_is_noted() {
+    let mut rig = started(&[]);
+    let ino = write(&rig, "large", &big());
+    settle(&mut rig);
+    write(&rig, "small", b"1");
+    settle(&mut rig);
+    assert_eq!(rig.engine.view.manifest().in_place_after(None).unwrap(), None);
+    let other: Vec<u8> = big().into_iter().map(|byte| !byte).collect();
+    assert_eq!(write(&rig, "large", &other), ino);
+    settle(&mut rig);
+    rig.until("it", |rig| rig.engine.view.manifest().in_place_after(None).unwrap() == Some(ino));
 }

@@ -203,6 +203,8 @@ pub(super) struct Engine {
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
     /// Names of files that came and are not committed, with which file that is once somebody asked.
     pub(super) fresh: BTreeMap<RelPath, Option<Which>>,
+    /// Files the standby has and of which this disk's inode is not known, by size and mtime, until the comparison that follows a pull is done.
+    pub(super) unplaced: HashMap<(u64, Time), Vec<RelPath>>,
     pub(super) bulk: Bulk,
     pub(super) waiters: Vec<Waiter>,
     pub(super) pulse: Arc<Pulse>,
@@ -288,6 +290,10 @@ impl Engine {
         if crate::heal::needs_heal(&node, &config.name, &boot, position.lsn)? {
             return Err(CaptureError::NotHealed {});
         }
+        if node.local_mark(&config.name)?.is_some_and(|mark| mark.boot != boot) {
+            // After an orderly stop the mail server may have gone on, and have lost power then: new bytes can be under old times.
+            manifest.distrust_in_place().map_err(|e| manifest.state_error(&e))?;
+        }
         let disk = LocalDisk::start(&root, NodeState::open(&config.state_dir)?, &config.name, &boot, position.lsn, &path)?;
         let outbox = Outbox::new(position, config.known.reserved);
         let watch = Watch::new(root.fd(), &cookie_parent(&config.mirror_dir))?;
@@ -315,6 +321,7 @@ impl Engine {
             mapped: BTreeSet::new(),
             unreadable: BTreeMap::new(),
             fresh: BTreeMap::new(),
+            unplaced: HashMap::new(),
             bulk,
             waiters: vec![],
             pulse: handle.pulse.clone(),
@@ -934,7 +941,7 @@ mod tests {
 mod turns;
 
 #[cfg(test)]
-#[path = "sim_tests.rs"]
+#[path = "sim/mod.rs"]
 mod sim;
 
 #[cfg(test)]

@@ -122,7 +122,7 @@ impl Rig {
                 generation: hello.generation,
                 epoch: hello.epoch,
                 position: hello.position,
-                digest: hello.digest,
+                digest: self.replica.digest(),
                 chain_at_yours: None,
             },
         };
@@ -130,9 +130,25 @@ impl Rig {
         let welcome = Welcome { protocol, software: String::new(), node: "b".into(), incarnation, chunker, replica, wall_ns: 0 };
         let (reply, mut answer) = oneshot::channel();
         self.engine.command(Command::Welcome(Box::new(welcome), reply)).unwrap();
-        let Step::Begin { from, reset } = answer.try_recv().unwrap().unwrap() else { panic!("a pull") };
+        let mut pulled = false;
+        let (from, reset) = loop {
+            match answer.try_recv().unwrap().unwrap() {
+                Step::Begin { from, reset } => break (from, reset),
+                Step::Pull(since) => {
+                    assert_eq!(since, None, "this standby remembers no LSNs");
+                    pulled = true;
+                    let rows = self.replica.below(&RelPath::root()).unwrap();
+                    self.engine.command(Command::Rows(rows.into_iter().map(|(path, row)| (path, Some(row.entry))).collect())).unwrap();
+                    let (reply, next) = oneshot::channel();
+                    answer = next;
+                    self.engine.command(Command::RowsEnd(hello.position, self.replica.digest(), reply)).unwrap();
+                }
+            }
+        };
         if reset {
-            self.replica.clear().unwrap();
+            if !pulled {
+                self.replica.clear().unwrap();
+            }
             self.replica.commit(from).unwrap();
             self.replica.begin().unwrap();
         }
@@ -601,6 +617,34 @@ fn a_users_directory_renamed_while_nobody_watched_is_never_nowhere() {
         rig.settle();
         rig.check();
         assert!(rig.has(&new));
+    }
+}
+
+#[test]
+fn a_message_moved_while_nobody_watched_is_never_nowhere_though_the_manifest_was_lost() {
+    for (from, to, large) in [("a/x", "b/x", "b/big"), ("b/x", "a/x", "a/big")] {
+        let mut rig = started(&["a", "b"]);
+        fs::write(rig.root.join(from), b"mail").unwrap();
+        rig.settle();
+        rig.somewhere = vec![from, to];
+        rig.disconnect();
+        fs::rename(rig.root.join(from), rig.root.join(to)).unwrap();
+        fs::write(rig.root.join(large), big()).unwrap(); // Where it is now waits.
+        rig.engine.boundary().unwrap();
+        rig.engine.sets.clear();
+        rig.engine.compare = true;
+        let lost = |manifest: &mut Manifest| {
+            manifest.begin()?;
+            manifest.clear()?;
+            manifest.commit(Position::START)
+        };
+        rig.engine.view.replace(lost).unwrap();
+        rig.stage = false;
+        rig.connect();
+        (0..20).for_each(|_| rig.turn());
+        rig.stage = true;
+        rig.settle();
+        rig.check();
     }
 }
 

@@ -141,6 +141,9 @@ impl Engine {
     pub(super) fn scan_some(&mut self) -> Result<bool, CaptureError> {
         if self.scan.is_done() {
             self.scan.looked_at = 0;
+            if self.session.is_some() {
+                self.unplaced.clear();
+            }
             return Ok(false);
         }
         if !self.complete && (self.session.is_none() || self.sets.pending() >= 2 * PIECE) {
@@ -246,6 +249,11 @@ impl Engine {
                 let same = |row: Row| row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(&stat);
                 if self.view.row(&other)?.is_some_and(same) {
                     left.push(self.group_of(&other, false));
+                }
+            }
+            for other in self.unplaced.get(&(stat.st_size as u64, tree::mtime(&stat))).into_iter().flatten() {
+                if *other != path && self.root.stat(other).ok().flatten().is_none() {
+                    left.push(self.group_of(other, false));
                 }
             }
             let here = self.group_of(&path, false);

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
 use twinbox_protocol::digest::DigestKey;
-use twinbox_protocol::entry::Kind;
+use twinbox_protocol::entry::{Entry, Kind, Time};
 use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Incarnation, Lsn, MirrorId};
 use twinbox_protocol::msg::{Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
-use twinbox_resync::manifest::Manifest;
+use twinbox_resync::manifest::{Manifest, plain_dir};
 use twinbox_resync::node::{LocalMark, MirrorState, NodeState, Role};
-use twinbox_resync::rows::{Rows, perform};
+use twinbox_resync::rows::{Local, Row, Rows, perform};
 
 use super::messages::BulkMessage;
 use super::{Capture, CaptureConfig, CaptureError, CaptureHandle, Command, Step, ToLink};
@@ -297,4 +297,31 @@ fn a_store_that_was_not_healed_is_not_captured() {
         assert_eq!(matches!(started, Err(CaptureError::NotHealed {})), refused, "{boot} {clean}");
     }
     assert_eq!(mark(), LocalMark { boot: "another".into(), lsn: Lsn(3), clean: false }, "a refusal changes nothing");
+}
+
+/// The mail server ran on after an orderly stop: new bytes can be under old times after a power cut that nobody is asked about.
+#[test]
+fn what_is_written_in_place_is_read_again_after_every_boot() {
+    let mut world = World::new();
+    world.start();
+    world.capture = None;
+    let state = NodeState::open(&world.state).unwrap();
+    let db = RelPath::new(b"db").unwrap();
+    let noted = Local { ino: 5, ctime: Time { secs: 9, nanos: 9 } };
+    let local = || {
+        let manifest = Manifest::open(&world.state.join("mirrors/m/manifest.db"), false).unwrap();
+        manifest.row(&db).unwrap().unwrap().local
+    };
+    let mut manifest = Manifest::open(&world.state.join("mirrors/m/manifest.db"), false).unwrap();
+    let kind = Kind::File { size: 1, hash: ContentHash::of(b"1") };
+    let entry = Entry { kind, ..plain_dir() };
+    manifest.set(&db, Some(Row { entry, local: Some(noted) })).unwrap();
+    manifest.note_in_place(5).unwrap();
+    manifest.commit(Position::START).unwrap();
+    drop(manifest);
+    drop(Capture::start(world.config()).unwrap());
+    assert_eq!(local(), Some(noted), "the same boot");
+    state.set_local_mark("m", &LocalMark { boot: "another".into(), lsn: Lsn(3), clean: true }).unwrap();
+    drop(Capture::start(world.config()).unwrap());
+    assert_eq!(local(), Some(Local { ctime: Default::default(), ..noted }));
 }

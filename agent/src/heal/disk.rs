@@ -77,6 +77,12 @@ fn names(file: &File, at: Option<u64>) -> std::io::Result<Names> {
     }
 }
 
+/// Whether a file's bytes, as the disk has them, are what `entry` says.
+pub(super) fn holds(file: &File, entry: &Entry) -> bool {
+    copy::forget_pages(file);
+    copy::hash(file).is_ok_and(|hash| Some(hash) == entry.hash())
+}
+
 /// Whether all bytes of `part` are the first bytes of `whole`, and fewer.
 pub(super) fn begins(part: &File, whole: &File) -> std::io::Result<bool> {
     let (len, of) = (part.metadata()?.len(), whole.metadata()?.len());

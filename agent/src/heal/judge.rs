@@ -37,6 +37,8 @@ pub(super) enum Verdict {
     Replace,
     /// Older only if its content is the beginning of the standby's; else in doubt.
     ReplaceIfBeginning,
+    /// Older only if its content is the beginning of the standby's, and then what was changed are names and attributes, while bytes did not reach the disk; else newer.
+    NewerUnlessBeginning,
     /// It was changed after the last txn and that change survived: leave it.
     Newer,
     /// Not to be decided: leave it, and keep the standby's version beside it.
@@ -73,8 +75,8 @@ pub(super) fn judge(wanted: Option<&Entry>, then: Option<Local>, found: Option<&
     match then {
         // Appended to, and nothing else, since.
         _ if found.longer => Verdict::Newer,
-        // Changed since we looked, or another file took the place.
-        Some(then) if found.local.ctime > then.ctime => Verdict::Newer,
+        // Changed since we looked, or another file took the place: if that is all of it.
+        Some(then) if found.local.ctime > then.ctime => Verdict::NewerUnlessBeginning,
         // The place was taken by a rename or a new file, which would have moved its ctime: this is the file of before.
         Some(then) if found.local.ino != then.ino && found.local.ctime < then.ctime => Verdict::Replace,
         // Bytes and times reach the disk apart: old, new, or half of each.
@@ -141,8 +143,8 @@ mod tests {
             (Verdict::Replace, None, Found { was: true, ..other(at(9, 150)) }, "the same, acknowledgement lost"),
             (Verdict::Replace, then, other(at(9, 150)), "the file of before the rename over it"),
             (Verdict::Newer, then, Found { was: true, fresh: true, ..other(at(7, 150)) }, "what it had before, since the boot"),
-            (Verdict::Newer, then, other(at(7, 201)), "changed after the last look"),
-            (Verdict::Newer, then, other(at(9, 201)), "replaced after the last look"),
+            (Verdict::NewerUnlessBeginning, then, other(at(7, 201)), "changed after the last look"),
+            (Verdict::NewerUnlessBeginning, then, other(at(9, 201)), "replaced after the last look"),
             (Verdict::Newer, then, Found { longer: true, ..other(at(7, 150)) }, "appended to"),
             (Verdict::Newer, None, Found { longer: true, ..other(at(7, 150)) }, "appended to, acknowledgement lost"),
             (Verdict::Replace, then, Found { longer: true, was: true, ..other(at(7, 150)) }, "cut short since, and that was lost"),

@@ -4,6 +4,8 @@
 //! paths, `disk` looks at one, `judge` decides (a pure function). [`until_healed`] does it again until it is done, `waiting` beside a running agent. Does not start captures; those refuse to start before ([`needs_heal`]).
 
 mod boot;
+#[cfg(test)]
+pub(crate) mod by_hand;
 mod disk;
 mod judge;
 pub mod remote;
@@ -18,9 +20,10 @@ use tokio::time::Instant;
 use twinbox_protocol::PROTOCOL_VERSION;
 use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::digest::Digest;
-use twinbox_protocol::entry::Time;
+use twinbox_protocol::entry::{Entry, Time};
 use twinbox_protocol::ids::{Incarnation, Lsn};
 use twinbox_protocol::msg::{Hello, Position};
+use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::node::{LocalMark, MirrorState, NodeState, Role};
 use twinbox_resync::rows::{Row, Rows};
@@ -282,28 +285,40 @@ pub async fn heal(job: &Job, paths: &Paths, mut progress: impl FnMut(&Done) + Se
         }
     };
     let scratch = Scratch::new(&job.mirror_dir);
-    let mut pulled = Manifest::open(&scratch.0, true)?;
-    pulled.begin().map_err(|e| pulled.state_error(&e))?;
-    let rows = remote.rows(job.durable, |path, entry| {
-        if entry.is_none() {
-            pulled.set_gone(&path).map_err(|e| WorkError::State(pulled.state_error(&e)))
-        } else {
-            pulled.set(&path, entry.map(|entry| Row { entry, local: None })).map_err(WorkError::Rows)
-        }
-    });
+    let mut pulled = scratch.open()?;
+    let rows = remote.rows(job.durable, |path, entry| take_row(&mut pulled, &path, entry));
     let position = rows.await.map_err(|error| job.work(error))?;
     let runtime = tokio::runtime::Handle::current();
-    let done = tokio::task::block_in_place(|| {
-        let root = Root::open(&job.spec.root).map_err(|e| job.work(e.into()))?;
-        let source = Waiting { runtime, remote };
-        let manifest = manifest.map(|(manifest, _)| manifest);
-        let (selection, incomplete, booted) = (&job.spec.selection, job.incomplete, job.booted);
-        let work = Plan { root, manifest, pulled, selection, mirror_dir: &job.mirror_dir, source, incomplete, booted };
-        run(work, &mut progress).map_err(|error| job.work(error))
-    })?;
+    let manifest = manifest.map(|(manifest, _)| manifest);
+    let source = Waiting { runtime, remote };
+    let done = tokio::task::block_in_place(|| put_back(job, manifest, pulled, position, source, &mut progress))?;
+    Ok((Outcome::Healed, done))
+}
+
+/// One of the standby's rows; `None`: the path is gone there.
+fn take_row(pulled: &mut Manifest, path: &RelPath, entry: Option<Entry>) -> Result<(), WorkError> {
+    match entry {
+        None => pulled.set_gone(path).map_err(|e| WorkError::State(pulled.state_error(&e))),
+        Some(entry) => pulled.set(path, Some(Row { entry, local: None })).map_err(WorkError::Rows),
+    }
+}
+
+/// With the standby's rows as of `position`: compares, puts right, and notes that this boot is healed.
+fn put_back<S: remote::Source>(
+    job: &Job,
+    manifest: Option<Manifest>,
+    pulled: Manifest,
+    position: Position,
+    source: S,
+    progress: &mut dyn FnMut(&Done),
+) -> Result<Done, HealError> {
+    let root = Root::open(&job.spec.root).map_err(|e| job.work(e.into()))?;
+    let (selection, incomplete, booted) = (&job.spec.selection, job.incomplete, job.booted);
+    let work = Plan { root, manifest, pulled, selection, mirror_dir: &job.mirror_dir, source, incomplete, booted };
+    let done = run(work, progress).map_err(|error| job.work(error))?;
     job.is_enough(&done)?;
     note(job, position.lsn.max(job.durable))?;
-    Ok((Outcome::Healed, done))
+    Ok(done)
 }
 
 /// What a heal works on.
@@ -360,6 +375,12 @@ impl Scratch {
         let scratch = Scratch(dir.join(SCRATCH));
         scratch.remove();
         scratch
+    }
+
+    fn open(&self) -> Result<Manifest, StateError> {
+        let pulled = Manifest::open(&self.0, true)?;
+        pulled.begin().map_err(|e| pulled.state_error(&e))?;
+        Ok(pulled)
     }
 
     fn remove(&self) {

@@ -239,13 +239,30 @@ impl<S: Source> Work<'_, S> {
             (Verdict::Newer, None) => self.done.newer += 1,
             (Verdict::Attributes, Some(wanted)) => self.attributes(path, wanted, found.as_ref()).map_err(failed)?,
             (Verdict::Restore, Some(wanted)) => self.restore(path, wanted, then)?,
-            (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::Doubt, Some(wanted)) => {
+            (Verdict::Replace | Verdict::ReplaceIfBeginning | Verdict::NewerUnlessBeginning | Verdict::Doubt, Some(wanted)) => {
                 self.replace(path, wanted, then, verdict, found.as_ref())?
             }
             (Verdict::Remove, _) => self.remove(path, found.as_ref())?,
             (_, None) => {}
         }
+        let stays = matches!(verdict, Verdict::Newer | Verdict::NewerUnlessBeginning | Verdict::ReplaceIfBeginning | Verdict::Doubt);
+        if stays && let Some(local) = row.and_then(|row| row.local) {
+            self.read_again(local.ino)?;
+        }
         Ok(())
+    }
+
+    /// What stays is not what was shipped, and its times may say that it is: the capture reads it whatever they say, under all its names.
+    fn read_again(&mut self, ino: u64) -> Result<(), WorkError> {
+        let Some(manifest) = &mut self.manifest else { return Ok(()) };
+        let forget = || {
+            manifest.begin()?;
+            for name in manifest.by_ino(ino)? {
+                manifest.set_local(&name, Some(Local { ino, ctime: Time::default() }))?;
+            }
+            Ok(())
+        };
+        forget().map_err(|error| WorkError::State(manifest.state_error(&error)))
     }
 
     /// Whether it was changed after the boot, and not by this heal: the last word then, whatever the mirror knows. A ctime ahead of the clock is of before, when that was another.
@@ -490,7 +507,8 @@ impl<S: Source> Work<'_, S> {
             }
             return Ok(());
         };
-        if verdict == Verdict::ReplaceIfBeginning && disk::begins(&self.replica.file(path, false).map_err(failed)?, &file)? {
+        let may_begin = matches!(verdict, Verdict::ReplaceIfBeginning | Verdict::NewerUnlessBeginning);
+        if may_begin && disk::begins(&self.replica.file(path, false).map_err(failed)?, &file)? {
             self.is_still(path, found)?;
             self.place(path, wanted, then, &file)?;
             // Its bytes are the beginning of what took its place.
@@ -499,6 +517,10 @@ impl<S: Source> Work<'_, S> {
             return Ok(());
         }
         self.beside(path, wanted, &file)?;
+        if verdict == Verdict::NewerUnlessBeginning {
+            self.done.newer += 1;
+            return Ok(());
+        }
         tracing::error!(
             "a file here may be newer than the standby's, or half written: it stays, and the standby's version is kept beside; compare them"
         );
@@ -583,9 +605,11 @@ impl<S: Source> Work<'_, S> {
             let Ok(Some(stat)) = self.replica.stat(other) else { return false };
             // A name that the standby knows is no new one; and a rename moves the ctime.
             let named = self.pulled.row(other).is_ok_and(|row| row.is_some()) || self.row(other).is_ok_and(|row| row.is_some());
+            // Names and sizes may be on the disk without the bytes.
             !named
                 && disk::is_row(&stat, wanted, Local { ctime: tree::local(&stat).ctime, ..then })
                 && tree::local(&stat).ctime > then.ctime
+                && self.replica.file(other, false).is_ok_and(|file| disk::holds(&file, wanted))
         });
         if moved {
             self.kept.insert(then.ino);

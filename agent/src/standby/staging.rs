@@ -223,12 +223,12 @@ impl Part {
         self.file.set_len(self.size)?;
         self.file.flush()?;
         self.file.sync_all()?;
+        // Known once its name is durable, so that no txn is acknowledged on one that is not. Held meanwhile, so that a checkpoint does not remove the file.
         let mut objects = lock(&self.staging.objects);
         fs::rename(&self.path, self.staging.path(hash))?;
         self.done = true;
-        objects.entry(hash).or_insert(Object { size, pin: None, session });
-        drop(objects);
         self.staging.handle.sync_all()?;
+        objects.entry(hash).or_insert(Object { size, pin: None, session });
         Ok(Finished::Staged)
     }
 }

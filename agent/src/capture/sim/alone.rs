@@ -1,271 +1,23 @@
-//! A simulated mail server works between and in the middle of the engine's steps, a model standby takes what comes, sessions end and agents are killed at any step. After every txn: what a group holds is a state it
-//! really had, and no older than the one before; no message is nowhere; what was acknowledged stays; a fence that answered was right. At the end both sides are the same.
-//!
-//! The server's changes and the faults follow from the seed; when a file is at rest long enough to be read does not. `TWINBOX_SIM_SEED=N` runs one seed, `TWINBOX_SIM_SEEDS=N` so many.
-//! `TWINBOX_SIM_HARD=1` adds what is known to fail once in some hundred seeds: kills of the agent, links between groups, and
-//! files of one size that follow each other under one inode number within a tick of the clock (ARCHITECTURE, Open defects).
+//! The primary alone: the standby is a model that keeps every byte, so that each txn can be checked.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
 use std::sync::MutexGuard;
 
 use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
 use twinbox_protocol::digest::DigestKey;
 use twinbox_protocol::entry::Kind;
-use twinbox_protocol::ids::{ChainHash, Epoch, Generation, MirrorId};
-use twinbox_protocol::msg::{BulkItem, Position, Replica, Welcome};
+use twinbox_protocol::ids::ChainHash;
+use twinbox_protocol::msg::{BulkItem, Position, Replica};
 use twinbox_protocol::ops::{Content, FLAG_INITIAL, Op, Seg};
 use twinbox_protocol::outbox::Chain;
-use twinbox_resync::node::Role;
 use twinbox_resync::rows::{Rows, perform};
 
-use super::super::fence::{FenceRequest, NotFenced, Until};
-use super::super::messages::{BulkMessage, Step, ToLink};
-use super::*;
-use crate::layout::Layout;
-
-const GROUPS: [&str; 3] = ["anna", "bert", "cleo"];
-const FOLDERS: [&str; 4] = ["in", "work", "old", "in/sub"];
-/// Past what is read at once.
-const LARGE: usize = 8 * 1024 * 1024 + 4096;
-
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.next(n) == 0
-    }
-
-    fn pick<T: Clone>(&mut self, from: &[T]) -> Option<T> {
-        (!from.is_empty()).then(|| from[self.next(from.len())].clone())
-    }
-}
-
-/// `None`: a directory; else which content.
-type Tree = BTreeMap<String, Option<usize>>;
-/// What a group is at one moment.
-type State = BTreeMap<String, Option<ContentHash>>;
-
-/// The mail server, what its store holds, and every state each group was in.
-struct Server {
-    root: PathBuf,
-    aside: PathBuf,
-    rng: Rng,
-    tree: Tree,
-    /// Contents of files, shared by the names of one inode.
-    bytes: Vec<Vec<u8>>,
-    hashes: Vec<ContentHash>,
-    states: BTreeMap<String, Vec<State>>,
-    /// Contents of messages that were removed.
-    removed: BTreeSet<ContentHash>,
-    messages: BTreeSet<ContentHash>,
-    made: usize,
-    /// Changes left.
-    left: usize,
-    hard: bool,
-    said: Vec<String>,
-}
-
-impl Server {
-    fn new(root: PathBuf, aside: PathBuf, seed: u64, left: usize) -> Self {
-        let mut server = Server {
-            root,
-            aside,
-            rng: Rng(seed),
-            tree: Tree::new(),
-            bytes: vec![],
-            hashes: vec![],
-            states: BTreeMap::new(),
-            removed: BTreeSet::new(),
-            messages: BTreeSet::new(),
-            made: 0,
-            left,
-            hard: std::env::var("TWINBOX_SIM_HARD").is_ok(),
-            said: vec![],
-        };
-        for group in GROUPS {
-            server.mkdir(group);
-            for folder in FOLDERS {
-                server.mkdir(&format!("{group}/{folder}"));
-            }
-        }
-        server
-    }
-
-    fn now(&self, group: &str) -> State {
-        let below = |path: &String| path == group || path.starts_with(&format!("{group}/"));
-        self.tree.iter().filter(|(path, _)| below(path)).map(|(path, content)| (path.clone(), content.map(|c| self.hashes[c]))).collect()
-    }
-
-    /// An instant: what each group is now, it was.
-    fn instant(&mut self, what: String) {
-        self.said.push(what);
-        for group in GROUPS {
-            let now = self.now(group);
-            let states = self.states.entry(group.into()).or_default();
-            if states.last() != Some(&now) {
-                states.push(now);
-            }
-        }
-    }
-
-    fn mkdir(&mut self, path: &str) {
-        if fs::create_dir(self.root.join(path)).is_ok() {
-            self.tree.insert(path.into(), None);
-            self.instant(format!("mkdir {path}"));
-        }
-    }
-
-    fn content(&mut self, bytes: Vec<u8>) -> usize {
-        self.hashes.push(ContentHash::of(&bytes));
-        self.bytes.push(bytes);
-        self.bytes.len() - 1
-    }
-
-    fn files(&self) -> Vec<String> {
-        self.tree.iter().filter(|(_, content)| content.is_some()).map(|(path, _)| path.clone()).collect()
-    }
-
-    fn dirs(&self) -> Vec<String> {
-        self.tree.iter().filter(|(path, content)| content.is_none() && path.contains('/')).map(|(path, _)| path.clone()).collect()
-    }
-
-    /// A name goes; the message is removed with its last one.
-    fn forget(&mut self, path: &str) {
-        if let Some(Some(content)) = self.tree.remove(path)
-            && !self.tree.values().any(|c| *c == Some(content))
-        {
-            self.removed.insert(self.hashes[content]);
-        }
-    }
-
-    fn rename(&mut self, from: &str, to: &str) {
-        if from == to || fs::rename(self.root.join(from), self.root.join(to)).is_err() {
-            return;
-        }
-        if self.tree.get(from).copied().flatten().is_some() && self.tree.get(from) == self.tree.get(to) {
-            return; // Two names of one file: rename(2) does nothing.
-        }
-        let below = format!("{from}/");
-        let moved: Vec<(String, Option<usize>)> =
-            self.tree.iter().filter(|(p, _)| *p == from || p.starts_with(&below)).map(|(p, c)| (p.clone(), *c)).collect();
-        let over = self.tree.get(to).copied().flatten();
-        for (path, content) in moved {
-            self.tree.remove(&path);
-            self.tree.insert(format!("{to}{}", &path[from.len()..]), content);
-        }
-        if let Some(over) = over.filter(|over| !self.tree.values().any(|c| *c == Some(*over))) {
-            self.removed.insert(self.hashes[over]);
-        }
-        self.instant(format!("rename {from} {to}"));
-    }
-
-    /// From outside the store, whole at once.
-    fn put(&mut self, path: &str, mut bytes: Vec<u8>, message: bool) {
-        if !self.hard {
-            // Files of one size, made and removed within one tick of the clock, may have one inode number and the same times.
-            bytes.resize(bytes.len() + self.made, b' ');
-        }
-        let temp = self.aside.join("temp");
-        fs::write(&temp, &bytes).unwrap();
-        if fs::rename(&temp, self.root.join(path)).is_err() {
-            return;
-        }
-        self.forget(path);
-        let content = self.content(bytes);
-        if message {
-            self.messages.insert(self.hashes[content]);
-        }
-        self.tree.insert(path.into(), Some(content));
-        self.instant(format!("put {path} ({} bytes)", self.bytes[content].len()));
-    }
-
-    fn append(&mut self, path: &str, text: &[u8]) {
-        let Some(Some(content)) = self.tree.get(path).copied() else { return };
-        if self.messages.contains(&self.hashes[content]) {
-            return; // A message never changes.
-        }
-        fs::OpenOptions::new().append(true).open(self.root.join(path)).unwrap().write_all(text).unwrap();
-        self.bytes[content].extend_from_slice(text);
-        self.hashes[content] = ContentHash::of(&self.bytes[content]);
-        self.instant(format!("append {path}"));
-    }
-
-    fn remove(&mut self, path: &str) {
-        let below = format!("{path}/");
-        let all: Vec<String> = self.tree.keys().filter(|p| *p == path || p.starts_with(&below)).cloned().collect();
-        for path in all.into_iter().rev() {
-            let full = self.root.join(&path);
-            let done = if self.tree[&path].is_none() { fs::remove_dir(full) } else { fs::remove_file(full) };
-            if done.is_ok() {
-                self.forget(&path);
-                self.instant(format!("remove {path}"));
-            }
-        }
-    }
-
-    fn act(&mut self) {
-        self.left = self.left.saturating_sub(1);
-        self.made += 1;
-        let n = self.made;
-        let (files, dirs) = (self.files(), self.dirs());
-        let (file, dir, group) = (self.rng.pick(&files), self.rng.pick(&dirs), GROUPS[self.rng.next(3)]);
-        let (Some(file), Some(dir)) = (file.or_else(|| dir.clone()), dir) else { return self.mkdir(&format!("{group}/d{n}")) };
-        match self.rng.next(20) {
-            0..4 => self.put(&format!("{dir}/m{n}"), format!("message {n}").into_bytes(), true),
-            4..6 => self.rename(&file, &format!("{file}:f{}", n % 7).split(":f").take(2).collect::<Vec<_>>().join(":f")),
-            6..9 => self.rename(&file, &format!("{dir}/m{n}")),
-            9..11 => self.remove(&file),
-            11 => {
-                let log = format!("{group}/log");
-                self.put(&log, format!("log {n}\n").into_bytes(), false);
-            }
-            12 | 13 => self.append(&format!("{group}/log"), format!("line {n}\n").as_bytes()),
-            14 => {
-                // The second is never newer than the first.
-                for name in ["first", "second"] {
-                    self.put(&format!("{group}/{name}"), format!("generation {n}").into_bytes(), false);
-                }
-            }
-            15 => {
-                let to = self.rng.pick(&dirs).unwrap_or_default();
-                self.rename(&dir, &to); // Over it, if that is empty.
-            }
-            16 => self.rename(&dir, &format!("{group}/d{n}")),
-            17 => self.mkdir(&format!("{dir}/d{n}")),
-            18 if self.rng.one_in(3) => self.remove(&dir),
-            18 => {
-                let dir = if self.hard { dir } else { file.rsplit_once('/').map_or(dir, |(dir, _)| dir.to_owned()) };
-                let link = format!("{dir}/l{n}");
-                if let Some(Some(content)) = self.tree.get(&file).copied()
-                    && fs::hard_link(self.root.join(&file), self.root.join(&link)).is_ok()
-                {
-                    self.tree.insert(link.clone(), Some(content));
-                    self.instant(format!("link {file} {link}"));
-                }
-            }
-            _ => {
-                let path = format!("{group}/large");
-                if self.tree.contains_key(&path) {
-                    self.append(&path, format!("more {n}\n").as_bytes());
-                } else if self.bytes.iter().filter(|bytes| bytes.len() >= LARGE).count() < 3 {
-                    let bytes = (0..LARGE as u32 / 4).flat_map(|i| i.wrapping_mul(2_654_435_761 ^ n as u32).to_le_bytes()).collect();
-                    self.put(&path, bytes, false);
-                }
-            }
-        }
-    }
-}
+use super::super::super::messages::{BulkMessage, Step, ToLink};
+use super::super::*;
+use super::server::{GROUPS, Rng, Server, State};
+use super::{Fence, Seeds, fence, open_engine, welcome};
 
 /// What the standby has received and not yet made durable.
 struct Received {
@@ -274,9 +26,6 @@ struct Received {
     flags: u8,
     digest: twinbox_protocol::digest::Digest,
 }
-
-/// The answer, and at which state each group was when it was asked for.
-type Fence = (oneshot::Receiver<Result<Lsn, NotFenced>>, BTreeMap<String, usize>);
 
 struct World {
     dir: tempfile::TempDir,
@@ -354,48 +103,8 @@ impl World {
 
     /// An agent comes up on the state the one before left.
     fn start(&mut self) {
-        let state = self.dir.path().join("state");
-        let node = NodeState::open(&state).unwrap();
-        let fresh = MirrorState {
-            mirror_id: MirrorId([1; 16]),
-            role: Role::Primary,
-            generation: Generation([2; 16]),
-            epoch: Epoch(1),
-            digest_key: DigestKey([3; 32]),
-            reserved: Lsn::ZERO,
-            complete: false,
-        };
-        let known = node.mirror("m").unwrap().unwrap_or(fresh);
-        node.set_mirror("m", &known).unwrap();
         self.lives += 1;
-        let config = CaptureConfig {
-            name: "m".into(),
-            node: "a".into(),
-            root: self.dir.path().join("root"),
-            state_dir: state.clone(),
-            mirror_dir: state.join("mirrors/m"),
-            selection: Selection::new(Layout::Plain, vec![]),
-            grouping: Grouping::new(vec![]),
-            layout: "plain".into(),
-            known,
-            incarnation: Incarnation([self.lives; 16]),
-            window_bytes: 32 << 20,
-            dirty_max: 200_000,
-            sweep: None,
-            fuzzy_after: None,
-        };
-        crate::sys::ignore_sigio();
-        let (commands, receiver) = channel();
-        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
-        let handle = CaptureHandle { commands, wake: wake.clone(), status: Arc::default(), pulse: Arc::default() };
-        let mut engine = Engine::open(config, handle, receiver, wake).unwrap();
-        let server = self.server.clone();
-        engine.meanwhile = Some(Box::new(move || {
-            let mut server = server.lock().unwrap();
-            if server.left > 0 && server.rng.one_in(40) {
-                server.act();
-            }
-        }));
+        let engine = open_engine(&self.dir.path().join("state"), &self.server, self.lives);
         self.engine = Some(engine);
     }
 
@@ -418,17 +127,8 @@ impl World {
                 chain_at_yours: self.chains.get(&hello.position.lsn).copied(),
             },
         };
-        let welcome = Welcome {
-            protocol: hello.protocol,
-            software: String::new(),
-            node: "b".into(),
-            incarnation: Incarnation([9; 16]),
-            chunker: hello.chunker,
-            replica,
-            wall_ns: 0,
-        };
         let (reply, mut answer) = oneshot::channel();
-        self.command(Command::Welcome(Box::new(welcome), reply));
+        self.command(Command::Welcome(Box::new(welcome(hello.chunker, replica)), reply));
         let mut step = answer.try_recv().unwrap().unwrap();
         let (from, reset) = loop {
             match step {
@@ -484,10 +184,9 @@ impl World {
                 self.start();
             }
             2..12 if self.out.is_some() => {
-                let (reply, answer) = oneshot::channel();
-                let at = self.server().states.iter().map(|(group, states)| (group.clone(), states.len() - 1)).collect();
-                self.command(Command::Fence(FenceRequest { paths: vec![], until: Until::Durable, wait: false, reply }));
-                self.fences.push((answer, at));
+                let (command, asked) = fence(&self.server());
+                self.command(command);
+                self.fences.push(asked);
             }
             _ => {}
         }
@@ -512,16 +211,7 @@ impl World {
     }
 
     fn turn(&mut self) {
-        let engine = self.engine.as_mut().unwrap();
-        assert!(engine.commands().unwrap());
-        engine.take_events().unwrap();
-        engine.scan_some().unwrap();
-        engine.note_listed();
-        engine.rechecks.clear(); // Nothing may need it.
-        engine.timers().unwrap();
-        engine.round().unwrap();
-        engine.finish_first_sync().unwrap();
-        engine.answer_waiters().unwrap();
+        super::turn(self.engine.as_mut().unwrap());
     }
 
     fn take(&mut self) {
@@ -736,7 +426,7 @@ impl World {
                 if e.complete && e.scan.is_done() && e.sets.is_clean() && e.outbox.in_flight().len() == 0 {
                     break;
                 }
-                assert!(Instant::now() < end, "does not settle: {:#?}", pending(e));
+                assert!(Instant::now() < end, "does not settle: {:#?}", super::pending(e));
             }
         }
         for group in GROUPS {
@@ -745,15 +435,6 @@ impl World {
         let left = self.engine.as_ref().unwrap().bulk.left();
         assert_eq!(left, None, "something staged is kept for nobody");
     }
-}
-
-fn pending(engine: &Engine) -> Vec<String> {
-    let of = |name: &Group, g: &super::super::dirty::GroupState| {
-        let (dirty, captured) = (g.dirty.keys().collect::<Vec<_>>(), g.captured.keys().collect::<Vec<_>>());
-        let name = String::from_utf8_lossy(name).into_owned();
-        format!("{name}: dirty {dirty:?} captured {captured:?} staging {:?} hints {:?} spoiled {}", g.staging, g.hints, g.spoiled)
-    };
-    engine.sets.groups().map(|(name, g)| of(name, g)).chain(engine.bulk.left()).collect()
 }
 
 /// Adds what a segment says; `false` when its source is not here.
@@ -782,17 +463,5 @@ fn run(seed: u64) -> BTreeMap<&'static str, usize> {
 
 #[test]
 fn whatever_happens_the_standby_is_in_a_state_the_store_had() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let (first, count) = match number("TWINBOX_SIM_SEED") {
-        Some(seed) => (seed, 1),
-        None => (number("TWINBOX_SIM_FROM").unwrap_or(1), number("TWINBOX_SIM_SEEDS").unwrap_or(3)),
-    };
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for seed in first..first + count {
-        eprintln!("seed {seed} (again: TWINBOX_SIM_SEED={seed} cargo test -p twinbox --lib whatever_happens)");
-        for (what, n) in run(seed) {
-            *counts.entry(what).or_default() += n;
-        }
-    }
-    eprintln!("{count} seeds: {counts:?}");
+    Seeds::from_env(3).run("whatever_happens", run);
 }
