@@ -203,8 +203,6 @@ pub(super) struct Engine {
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
     /// Names of files that came and are not committed, with which file that is once somebody asked.
     pub(super) fresh: BTreeMap<RelPath, Option<Which>>,
-    /// Files the standby has and of which this disk's inode is not known, by size and mtime, until the comparison that follows a pull is done.
-    pub(super) unplaced: HashMap<(u64, Time), Vec<RelPath>>,
     pub(super) bulk: Bulk,
     pub(super) waiters: Vec<Waiter>,
     pub(super) pulse: Arc<Pulse>,
@@ -321,7 +319,6 @@ impl Engine {
             mapped: BTreeSet::new(),
             unreadable: BTreeMap::new(),
             fresh: BTreeMap::new(),
-            unplaced: HashMap::new(),
             bulk,
             waiters: vec![],
             pulse: handle.pulse.clone(),

@@ -137,8 +137,9 @@ impl Rig {
                 Step::Pull(since) => {
                     assert_eq!(since, None, "this standby remembers no LSNs");
                     pulled = true;
-                    let rows = self.replica.below(&RelPath::root()).unwrap();
-                    self.engine.command(Command::Rows(rows.into_iter().map(|(path, row)| (path, Some(row.entry))).collect())).unwrap();
+                    let mut rows = vec![];
+                    self.replica.each(None, |path, row, _| rows.push((path, Some(row.entry)))).unwrap();
+                    self.engine.command(Command::Rows(rows)).unwrap();
                     let (reply, next) = oneshot::channel();
                     answer = next;
                     self.engine.command(Command::RowsEnd(hello.position, self.replica.digest(), reply)).unwrap();

@@ -2,19 +2,24 @@
 //!
 //! Watch first, list then: an entry made before the watch is in the listing, one made after it raises an event. Nothing commits while a comparison runs (first sync aside).
 
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::AsFd;
 
 use rustix::fs::{self as rfs, AtFlags, FileType};
 use rustix::io::Errno;
-use twinbox_protocol::entry::Kind;
+use twinbox_protocol::entry::{Kind, Time};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
 
+use super::dirty::Group;
 use super::engine::{CaptureError, Engine};
 use crate::tree::{self, Listed};
 
 /// Entries compared in one turn: about 2 ms, so that events are taken often.
 const PIECE: usize = 1000;
+
+/// Bounds what is remembered of files that went or came: past it a move between groups that nobody watched may be two txns.
+const MOVED_MAX: usize = 200_000;
 
 /// A directory being compared.
 struct Listing {
@@ -25,9 +30,43 @@ struct Listing {
     rows: std::iter::Peekable<std::vec::IntoIter<(Vec<u8>, Row)>>,
 }
 
+/// Files that may have been moved between groups while nobody watched: they must not be gone in one before they are in the other. Recognised by size and mtime, which a rename leaves as they are:
+/// after a power cut this node may not know what inodes they had.
+#[derive(Default)]
+struct Moved {
+    went: HashMap<(u64, Time), BTreeSet<Group>>,
+    came: HashMap<(u64, Time), BTreeSet<Group>>,
+}
+
+impl Moved {
+    fn went(&mut self, row: &Row, group: Group) {
+        if row.entry.hash().is_some() && self.went.len() < MOVED_MAX {
+            self.went.entry((row.entry.size(), row.entry.mtime)).or_default().insert(group);
+        }
+    }
+
+    fn came(&mut self, size: u64, mtime: Time, group: Group) {
+        if self.came.len() < MOVED_MAX {
+            self.came.entry((size, mtime)).or_default().insert(group);
+        }
+    }
+
+    /// Pairs of groups that are cut together.
+    fn between_groups(self) -> BTreeSet<(Group, Group)> {
+        let mut pairs = BTreeSet::new();
+        for (which, to) in self.came {
+            for from in self.went.get(&which).into_iter().flatten() {
+                pairs.extend(to.iter().filter(|to| *to != from).map(|to| (from.clone(), to.clone())));
+            }
+        }
+        pairs
+    }
+}
+
 /// Directories still to be compared.
 #[derive(Default)]
 pub(super) struct Scan {
+    moved: Moved,
     stack: Vec<RelPath>,
     open: Option<Listing>,
     looked_at: u64,
@@ -50,9 +89,7 @@ impl Scan {
     }
 
     pub(super) fn clear(&mut self) {
-        self.stack.clear();
-        self.open = None;
-        self.looked_at = 0;
+        *self = Scan::default();
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -141,9 +178,6 @@ impl Engine {
     pub(super) fn scan_some(&mut self) -> Result<bool, CaptureError> {
         if self.scan.is_done() {
             self.scan.looked_at = 0;
-            if self.session.is_some() {
-                self.unplaced.clear();
-            }
             return Ok(false);
         }
         if !self.complete && (self.session.is_none() || self.sets.pending() >= 2 * PIECE) {
@@ -169,11 +203,16 @@ impl Engine {
                 }
             }
             if ended {
-                for (name, _) in listing.rows {
-                    self.compare_gone(&listing.dir, &name);
+                for (name, row) in listing.rows {
+                    self.compare_gone((&listing.dir, &listing.origin), &name, &row)?;
                 }
             } else {
                 self.scan.open = Some(listing);
+            }
+        }
+        if self.scan.is_done() {
+            for (from, to) in std::mem::take(&mut self.scan.moved).between_groups() {
+                self.sets.join(&from, &to);
             }
         }
         Ok(true)
@@ -199,8 +238,8 @@ impl Engine {
     }
 
     fn compare_item(&mut self, listing: &mut Listing, item: &Listed) -> Result<(), CaptureError> {
-        while let Some((name, _)) = listing.rows.next_if(|(name, _)| *name < item.name) {
-            self.compare_gone(&listing.dir, &name);
+        while let Some((name, row)) = listing.rows.next_if(|(name, _)| *name < item.name) {
+            self.compare_gone((&listing.dir, &listing.origin), &name, &row)?;
         }
         let row = listing.rows.next_if(|(name, _)| *name == item.name).map(|(_, row)| row);
         let Some(path) = listing.dir.join(&item.name) else { return Ok(()) };
@@ -234,38 +273,30 @@ impl Engine {
         }
         // A name moved into or out of this place by a rename we saw is dirty already; its row is elsewhere.
         let row = if self.sets.origin(&path) == listing.origin.join(&item.name).unwrap_or_default() { row } else { None };
-        if row.is_none_or(|row| !unchanged(&row, &stat)) {
+        if row.as_ref().is_none_or(|row| !unchanged(row, &stat)) {
             self.mark(&path, false, true, false);
-            // It may have been moved here while nobody watched: it must not be gone there before it is here.
-            // (Nor does another file that had its number say anything, nor a file with several names: which of them is elsewhere by now is not known.)
-            if stat.st_nlink > 1 {
-                return Ok(());
+            if let Some(row) = row {
+                self.scan.moved.went(&row, self.group_of(&path, false));
             }
-            let mut left = vec![];
-            for other in self.view.by_ino(stat.st_ino)? {
-                if self.root.stat(&other).ok().flatten().is_some_and(|there| there.st_ino == stat.st_ino) {
-                    return Ok(());
-                }
-                let same = |row: Row| row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(&stat);
-                if self.view.row(&other)?.is_some_and(same) {
-                    left.push(self.group_of(&other, false));
-                }
+            // A file with several names is elsewhere, too, wherever it was moved from.
+            if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_nlink == 1 {
+                self.scan.moved.came(stat.st_size as u64, tree::mtime(&stat), self.group_of(&path, false));
             }
-            for other in self.unplaced.get(&(stat.st_size as u64, tree::mtime(&stat))).into_iter().flatten() {
-                if *other != path && self.root.stat(other).ok().flatten().is_none() {
-                    left.push(self.group_of(other, false));
-                }
-            }
-            let here = self.group_of(&path, false);
-            left.iter().for_each(|there| self.sets.join(&here, there));
         }
         Ok(())
     }
 
-    fn compare_gone(&mut self, dir: &RelPath, name: &[u8]) {
-        if let Some(path) = dir.join(name) {
-            self.mark(&path, false, true, false);
+    fn compare_gone(&mut self, listing: (&RelPath, &RelPath), name: &[u8], row: &Row) -> Result<(), CaptureError> {
+        let (Some(path), Some(origin)) = (listing.0.join(name), listing.1.join(name)) else { return Ok(()) };
+        self.mark(&path, false, true, false);
+        self.scan.moved.went(row, self.group_of(&path, false));
+        if row.entry.is_dir() {
+            for (below, row) in self.view.below(&origin)? {
+                let group = self.group_of(&below.rebase(&origin, &path).unwrap_or(below), false);
+                self.scan.moved.went(&row, group);
+            }
         }
+        Ok(())
     }
 }
 

@@ -20,11 +20,6 @@ use super::engine::{CaptureError, Engine};
 use super::messages::{BulkMessage, Command, Step, ToLink};
 use super::pulse::CANARY_EVERY;
 
-/// Bounds the memory of [`Engine::unplaced`], which after the loss of a manifest are all files; past it a move between groups that nobody watched may be two txns.
-const UNPLACED_MAX: usize = 200_000;
-/// Files of one size and mtime that are looked at.
-const ALIKE_MAX: usize = 16;
-
 /// An open session.
 pub(super) struct Session {
     pub(super) id: u64,
@@ -244,7 +239,6 @@ impl Engine {
         begun.map_err(|e| self.view.manifest().state_error(&e))?;
         let tried_all = since.is_none();
         self.pull = Some(Pull { since, mark, paths: vec![], tried_all });
-        self.unplaced.clear();
         Ok(Step::Pull(since))
     }
 
@@ -259,12 +253,6 @@ impl Engine {
                         // What we know of the file here still holds if the standby has what we believed.
                         let old = manifest.row(&path).ok().flatten();
                         let local = old.filter(|old| old.entry == entry).and_then(|old| old.local);
-                        if local.is_none() && entry.hash().is_some() && self.unplaced.len() < UNPLACED_MAX {
-                            let alike = self.unplaced.entry((entry.size(), entry.mtime)).or_default();
-                            if alike.len() < ALIKE_MAX {
-                                alike.push(path.clone());
-                            }
-                        }
                         Some(Row { entry, local })
                     }
                 };

@@ -303,6 +303,23 @@ fn bytes_that_never_reached_the_disk_come_back_under_a_newer_ctime() {
 }
 
 #[test]
+fn what_stays_is_read_by_the_capture_whatever_its_times_say() {
+    let mut rig = Rig::new();
+    let local = rig.on_disk("u/a", b"torn");
+    let entry = rig.has("u/a", b"mail");
+    rig.knows("u/a", &entry, local.ino, local.ctime);
+    let other = rig.file(b"mail");
+    rig.knows("u/b", &other, local.ino, local.ctime); // Another name of it.
+    let done = rig.heal();
+    assert_eq!(done.doubtful, 1, "{done:?}");
+    let manifest = Manifest::open(&rig.dir.path().join("mirror/manifest.db"), false).unwrap();
+    for path in ["u/a", "u/b"] {
+        let row = manifest.row(&p(path)).unwrap().unwrap();
+        assert_eq!(row.local, Some(Local { ino: local.ino, ctime: Time::default() }), "{path}");
+    }
+}
+
+#[test]
 fn older_is_replaced_newer_stays_doubt_keeps_both() {
     let mut rig = Rig::new();
     let early = Time { secs: 1, nanos: 1 };

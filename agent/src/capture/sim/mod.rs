@@ -35,9 +35,7 @@ impl Seeds {
         let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
         match number("TWINBOX_SIM_SEED") {
             Some(first) => Seeds { first, count: 1 },
-            None => {
-                Seeds { first: number("TWINBOX_SIM_FROM").unwrap_or(1), count: number("TWINBOX_SIM_SEEDS").unwrap_or(usual) }
-            }
+            None => Seeds { first: number("TWINBOX_SIM_FROM").unwrap_or(1), count: number("TWINBOX_SIM_SEEDS").unwrap_or(usual) },
         }
     }
 
@@ -145,4 +143,3 @@ fn pending(engine: &Engine) -> Vec<String> {
     };
     engine.sets.groups().map(|(name, g)| of(name, g)).chain(engine.bulk.left()).collect()
 }
-

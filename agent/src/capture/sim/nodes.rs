@@ -7,7 +7,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::process::Command as Program;
 use std::sync::MutexGuard;
 
@@ -545,19 +544,6 @@ impl Nodes {
         }
         self.heal(now);
         self.check_promises();
-        {
-            let mut server = self.server();
-            let mut back = vec![];
-            each_below(&server.root, &mut |path, meta| {
-                if meta.is_file() {
-                    let hash = ContentHash::of(&fs::read(server.root.join(&path)).unwrap());
-                    if server.removed.contains(&hash) {
-                        back.push(path);
-                    }
-                }
-            });
-            server.said.push(format!("-- BACK {back:?}"));
-        }
         // What the server had removed and the power cut brought back is new on the standby.
         let removed = self.server().removed.clone();
         self.seen.retain(|hash| !removed.contains(hash));
@@ -586,8 +572,6 @@ impl Nodes {
         }
         self.count("heals");
         let (rows, position, _) = self.pull(Some(job.durable()));
-        let gone: Vec<String> = rows.iter().filter(|(_, e)| e.is_none()).map(|(p, _)| p.to_string()).collect();
-        self.server().said.push(format!("-- D {} at {position:?} gone {gone:?}", job.durable()));
         let source = ByHand { runtime: &self.runtime, handle: self.handle() };
         let done = by_hand::heal(&job, rows, position, source).unwrap();
         *self.counts.entry("put back").or_default() += done.restored as usize;
@@ -605,10 +589,8 @@ impl Nodes {
         });
         let lost: Vec<ContentHash> =
             self.promised.iter().filter(|hash| !server.removed.contains(hash) && !here.contains(hash)).copied().collect();
-        let mut sizes = vec![];
-        each_below(&server.root, &mut |path, meta| sizes.push(format!("{path} {} {}", meta.len(), meta.ino())));
         drop(server);
-        assert!(lost.is_empty(), "{sizes:?} after a power cut {} fenced messages are not in the store: {}", lost.len(), self.story(&lost));
+        assert!(lost.is_empty(), "after a power cut {} fenced messages are not in the store: {}", lost.len(), self.story(&lost));
     }
 
     /// What happened lately, and where messages should be.
@@ -675,16 +657,9 @@ impl Nodes {
             let from = self.known.get(group).copied().unwrap_or(0);
             let found = self.server().states[group].iter().skip(from).position(|state| *state == now);
             let Some(at) = found else {
-                for (path, _) in &now {
-                    let (a, b) = (fs::read(self.server().root.join(path)).unwrap_or_default(), fs::read(self.replica().join(path)).unwrap_or_default());
-                    if a != b && a.len() < 1000 {
-                        eprintln!("{path}: {:?} {:?} {:?}", fs::metadata(self.server().root.join(path)), String::from_utf8_lossy(&a), String::from_utf8_lossy(&b));
-                    }
-                }
-                let (server, keep) = (self.server(), std::env::var_os("TWINBOX_TEST_KEEP").is_some());
-                let wrong = nearest(&now, &server.states[group]);
-                drop(server);
-                panic!("{group} at {} is in a state it never had, or one before {from}: {wrong}; {} (kept: {keep})", status.durable.lsn, self.story(&[]));
+                let wrong = nearest(&now, &self.server().states[group]);
+                let (lsn, story) = (status.durable.lsn, self.story(&[]));
+                panic!("{group} at {lsn} is in a state it never had, or one before {from}: {wrong}; {story}");
             };
             self.known.insert(group.into(), from + at);
         }
@@ -742,7 +717,11 @@ impl Nodes {
         // In order or not, it comes up with everything.
         self.cut();
         let standby = self.standby.take().unwrap();
-        if self.rng.one_in(2) { standby.stop() } else { standby.crash() }
+        if self.rng.one_in(2) {
+            standby.stop()
+        } else {
+            standby.crash()
+        }
         self.start_standby();
         for group in GROUPS {
             assert_eq!(self.group(group), self.server().now(group), "{group} at the end; {:?}", self.problems);
@@ -758,8 +737,10 @@ async fn tokio_soon<F: Future>(future: F) -> F::Output {
 /// How a state differs from the one of `states` that is nearest to it.
 fn nearest(now: &State, states: &[State]) -> String {
     let differs = |state: &State| {
-        let gone: Vec<_> = state.iter().filter(|(path, hash)| now.get(*path) != Some(*hash)).map(|(path, hash)| (path.clone(), *hash)).collect();
-        let came: Vec<_> = now.iter().filter(|(path, hash)| state.get(*path) != Some(*hash)).map(|(path, hash)| (path.clone(), *hash)).collect();
+        let gone: Vec<_> =
+            state.iter().filter(|(path, hash)| now.get(*path) != Some(*hash)).map(|(path, hash)| (path.clone(), *hash)).collect();
+        let came: Vec<_> =
+            now.iter().filter(|(path, hash)| state.get(*path) != Some(*hash)).map(|(path, hash)| (path.clone(), *hash)).collect();
         (gone.len() + came.len(), format!("the store had {gone:?}, the standby has {came:?}"))
     };
     let best = states.iter().enumerate().map(|(at, state)| (differs(state), at)).min();

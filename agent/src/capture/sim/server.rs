@@ -211,9 +211,8 @@ impl Server {
         let (mut tree, mut inodes) = (Tree::new(), HashMap::new());
         let root = self.root.clone();
         each_below(&root, &mut |path, meta| {
-            let content = (!meta.is_dir()).then(|| {
-                *inodes.entry(meta.ino()).or_insert_with(|| self.content(fs::read(root.join(&path)).unwrap()))
-            });
+            let content =
+                (!meta.is_dir()).then(|| *inodes.entry(meta.ino()).or_insert_with(|| self.content(fs::read(root.join(&path)).unwrap())));
             tree.insert(path, content);
         });
         self.tree = tree;
