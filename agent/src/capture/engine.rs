@@ -255,7 +255,12 @@ const WRITERS_EVERY: Duration = Duration::from_millis(500);
 pub(super) const UNREADABLE_EVERY: Duration = Duration::from_secs(20);
 
 impl Engine {
-    fn open(config: CaptureConfig, handle: CaptureHandle, receiver: Receiver<Command>, wake: Arc<OwnedFd>) -> Result<Self, CaptureError> {
+    pub(super) fn open(
+        config: CaptureConfig,
+        handle: CaptureHandle,
+        receiver: Receiver<Command>,
+        wake: Arc<OwnedFd>,
+    ) -> Result<Self, CaptureError> {
         let mut root = Root::open(&config.root).map_err(|source| CaptureError::Root { path: config.root.clone(), source })?;
         let proofs = super::proofs::try_out(&root);
         for warning in &proofs.warnings {

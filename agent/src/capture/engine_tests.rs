@@ -8,18 +8,16 @@ use std::path::Path;
 
 use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
-use twinbox_protocol::digest::{Digest, DigestKey};
+use twinbox_protocol::digest::Digest;
 use twinbox_protocol::entry::{Kind, Time};
-use twinbox_protocol::ids::{Epoch, Generation, MirrorId};
 use twinbox_protocol::msg::{BulkItem, Position, Replica, Welcome};
 use twinbox_protocol::ops::Op;
-use twinbox_resync::node::Role;
 use twinbox_resync::rows::{Local, Rows, perform};
 
 use super::super::bulk::{BulkResult, Outcome};
 use super::super::messages::{BulkMessage, Step, ToLink};
+use super::super::testing;
 use super::*;
-use crate::layout::Layout;
 
 pub(super) struct Rig {
     pub(super) dir: tempfile::TempDir,
@@ -57,40 +55,10 @@ impl Rig {
         let (root, state) = (dir.path().join("root"), dir.path().join("state"));
         fs::create_dir_all(&root).unwrap();
         fs::create_dir_all(&state).unwrap();
-        let known = MirrorState {
-            mirror_id: MirrorId([1; 16]),
-            role: Role::Primary,
-            generation: Generation([2; 16]),
-            epoch: Epoch(1),
-            digest_key: DigestKey([3; 32]),
-            reserved: Lsn::ZERO,
-            complete: false,
-        };
-        NodeState::open(&state).unwrap().set_mirror("m", &known).unwrap();
         let mut replica = Manifest::open(&dir.path().join("replica.db"), true).unwrap();
-        replica.set_digest_key(known.digest_key).unwrap();
+        replica.set_digest_key(testing::history().digest_key).unwrap();
         replica.begin().unwrap();
-        let config = CaptureConfig {
-            name: "m".into(),
-            node: "a".into(),
-            root: root.clone(),
-            state_dir: state.clone(),
-            mirror_dir: state.join("mirrors/m"),
-            selection: Selection::new(Layout::Plain, vec![]),
-            grouping: Grouping::new(vec![]),
-            layout: "plain".into(),
-            known,
-            incarnation: Incarnation([4; 16]),
-            window_bytes: 32 << 20,
-            dirty_max: 200_000,
-            sweep: None,
-            fuzzy_after: None,
-        };
-        crate::sys::ignore_sigio();
-        let (commands, receiver) = channel();
-        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
-        let handle = CaptureHandle { commands, wake: wake.clone(), status: Arc::default(), pulse: Arc::default() };
-        let engine = Engine::open(config, handle, receiver, wake).unwrap();
+        let engine = testing::engine(testing::config(&root, &state, 4));
         Rig {
             dir,
             root,
@@ -126,8 +94,7 @@ impl Rig {
                 chain_at_yours: None,
             },
         };
-        let (protocol, chunker, incarnation) = (hello.protocol, hello.chunker, Incarnation([5; 16]));
-        let welcome = Welcome { protocol, software: String::new(), node: "b".into(), incarnation, chunker, replica, wall_ns: 0 };
+        let welcome = testing::welcome(hello.chunker, replica);
         let (reply, mut answer) = oneshot::channel();
         self.engine.command(Command::Welcome(Box::new(welcome), reply)).unwrap();
         let mut pulled = false;

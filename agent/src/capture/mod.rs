@@ -28,4 +28,6 @@ pub use fence::{FenceRequest, NoTxn, NotFenced, Until};
 pub use messages::{CaptureHandle, CaptureStatus, Command, Step, ToLink};
 
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;

@@ -275,12 +275,16 @@ impl Engine {
         let row = if self.sets.origin(&path) == listing.origin.join(&item.name).unwrap_or_default() { row } else { None };
         if row.as_ref().is_none_or(|row| !unchanged(row, &stat)) {
             self.mark(&path, false, true, false);
+            let is_new = row.is_none();
             if let Some(row) = row {
                 self.scan.moved.went(&row, self.group_of(&path, false));
             }
-            // A file with several names is elsewhere, too, wherever it was moved from.
-            if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_nlink == 1 {
+            if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            } else if stat.st_nlink == 1 {
                 self.scan.moved.came(stat.st_size as u64, tree::mtime(&stat), self.group_of(&path, false));
+            } else if is_new && self.complete {
+                // Elsewhere, too; when that name goes before this one is there, it was a move.
+                self.fresh.insert(path, None);
             }
         }
         Ok(())

@@ -9,18 +9,17 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
-use twinbox_protocol::digest::DigestKey;
 use twinbox_protocol::entry::{Entry, Kind, Time};
-use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Incarnation, Lsn, MirrorId};
+use twinbox_protocol::ids::{ContentHash, Incarnation, Lsn};
 use twinbox_protocol::msg::{Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::{Manifest, plain_dir};
-use twinbox_resync::node::{LocalMark, MirrorState, NodeState, Role};
+use twinbox_resync::node::{LocalMark, NodeState};
 use twinbox_resync::rows::{Local, Row, Rows, perform};
 
 use super::messages::BulkMessage;
+use super::testing::{self, history};
 use super::{Capture, CaptureConfig, CaptureError, CaptureHandle, Command, Step, ToLink};
-use crate::layout::{Grouping, Layout, Selection};
 
 struct World {
     _dir: tempfile::TempDir,
@@ -31,49 +30,21 @@ struct World {
     session: u64,
 }
 
-fn known() -> MirrorState {
-    MirrorState {
-        mirror_id: MirrorId([1; 16]),
-        role: Role::Primary,
-        generation: Generation([2; 16]),
-        epoch: Epoch(1),
-        digest_key: DigestKey([3; 32]),
-        reserved: Lsn::ZERO,
-        complete: false,
-    }
-}
-
 impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (root, state) = (dir.path().join("root"), dir.path().join("state"));
         fs::create_dir_all(&root).unwrap();
         fs::create_dir_all(&state).unwrap();
-        NodeState::open(&state).unwrap().set_mirror("m", &known()).unwrap();
+        NodeState::open(&state).unwrap().set_mirror("m", &history()).unwrap();
         let mut replica = Manifest::open(&dir.path().join("replica.db"), true).unwrap();
-        replica.set_digest_key(known().digest_key).unwrap();
+        replica.set_digest_key(history().digest_key).unwrap();
         replica.begin().unwrap();
         World { _dir: dir, root, state, capture: None, replica: Arc::new(Mutex::new(replica)), session: 0 }
     }
 
     fn config(&self) -> CaptureConfig {
-        let node = NodeState::open(&self.state).unwrap();
-        CaptureConfig {
-            name: "m".into(),
-            node: "a".into(),
-            root: self.root.clone(),
-            state_dir: self.state.clone(),
-            mirror_dir: self.state.join("mirrors/m"),
-            selection: Selection::new(Layout::Plain, vec![]),
-            grouping: Grouping::new(vec![]),
-            layout: "plain".into(),
-            known: node.mirror("m").unwrap().unwrap(),
-            incarnation: Incarnation([4; 16]),
-            window_bytes: 32 << 20,
-            dirty_max: 200_000,
-            sweep: None,
-            fuzzy_after: None,
-        }
+        testing::config(&self.root, &self.state, 4)
     }
 
     fn start(&mut self) -> CaptureHandle {

@@ -17,7 +17,7 @@ use twinbox_resync::rows::{Rows, perform};
 use super::super::super::messages::{BulkMessage, Step, ToLink};
 use super::super::*;
 use super::server::{GROUPS, Rng, Server, State};
-use super::{Fence, Seeds, fence, open_engine, welcome};
+use super::{Fence, Seeds, fence, open_engine, testing::welcome};
 
 /// What the standby has received and not yet made durable.
 struct Received {

@@ -10,14 +10,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use twinbox_protocol::digest::DigestKey;
-use twinbox_protocol::ids::{Epoch, Generation, MirrorId};
-use twinbox_protocol::msg::{Replica, Welcome};
-use twinbox_resync::node::Role;
-
 use super::super::fence::{FenceRequest, NotFenced, Until};
+use super::super::testing;
 use super::*;
-use crate::layout::Layout;
 use server::Server;
 
 mod alone;
@@ -51,45 +46,9 @@ impl Seeds {
     }
 }
 
-/// The history of the mirror, when its node knows none yet.
-fn history() -> MirrorState {
-    MirrorState {
-        mirror_id: MirrorId([1; 16]),
-        role: Role::Primary,
-        generation: Generation([2; 16]),
-        epoch: Epoch(1),
-        digest_key: DigestKey([3; 32]),
-        reserved: Lsn::ZERO,
-        complete: false,
-    }
-}
-
 /// An engine comes up on the state the one before left; the server works in the middle of its steps.
 fn open_engine(state: &Path, server: &Arc<Mutex<Server>>, life: u8) -> Engine {
-    let node = NodeState::open(state).unwrap();
-    let known = node.mirror("m").unwrap().unwrap_or_else(history);
-    node.set_mirror("m", &known).unwrap();
-    let config = CaptureConfig {
-        name: "m".into(),
-        node: "a".into(),
-        root: server.lock().unwrap().root.clone(),
-        state_dir: state.into(),
-        mirror_dir: state.join("mirrors/m"),
-        selection: Selection::new(Layout::Plain, vec![]),
-        grouping: Grouping::new(vec![]),
-        layout: "plain".into(),
-        known,
-        incarnation: Incarnation([life; 16]),
-        window_bytes: 32 << 20,
-        dirty_max: 200_000,
-        sweep: None,
-        fuzzy_after: None,
-    };
-    crate::sys::ignore_sigio();
-    let (commands, receiver) = channel();
-    let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
-    let handle = CaptureHandle { commands, wake: wake.clone(), status: Arc::default(), pulse: Arc::default() };
-    let mut engine = Engine::open(config, handle, receiver, wake).unwrap();
+    let mut engine = testing::engine(testing::config(&server.lock().unwrap().root, state, life));
     let server = server.clone();
     engine.meanwhile = Some(Box::new(move || {
         let mut server = server.lock().unwrap();
@@ -111,18 +70,6 @@ fn turn(engine: &mut Engine) {
     engine.round().unwrap();
     engine.finish_first_sync().unwrap();
     engine.answer_waiters().unwrap();
-}
-
-fn welcome(chunker: String, replica: Replica) -> Welcome {
-    Welcome {
-        protocol: twinbox_protocol::PROTOCOL_VERSION,
-        software: String::new(),
-        node: "b".into(),
-        incarnation: Incarnation([9; 16]),
-        chunker,
-        replica,
-        wall_ns: 0,
-    }
 }
 
 /// The answer, and at which state each group was when it was asked for.

@@ -22,7 +22,8 @@ use super::super::super::cut::wall;
 use super::super::super::messages::{BulkMessage, Step, ToLink};
 use super::super::*;
 use super::server::{GROUPS, Rng, Server, State, each_below};
-use super::{Fence, Seeds, fence, open_engine, pending, turn, welcome};
+use super::testing::{history, welcome};
+use super::{Fence, Seeds, fence, open_engine, pending, turn};
 use crate::heal::{RemoteError, by_hand, remote::Source};
 use crate::layout::Layout;
 use crate::roles::MirrorSpec;
@@ -300,7 +301,7 @@ impl Nodes {
         if reset {
             let node = NodeState::open(&self.state_dir(1)).unwrap();
             let complete = node.mirror("m").unwrap().is_some_and(|known| known.complete);
-            node.set_mirror("m", &MirrorState { role: Role::Standby, complete, ..super::history() }).unwrap();
+            node.set_mirror("m", &MirrorState { role: Role::Standby, complete, ..history() }).unwrap();
             self.handle().follow(hello.generation, hello.epoch);
         }
         let (told, words) = mpsc::unbounded_channel();
