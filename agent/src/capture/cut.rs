@@ -187,7 +187,7 @@ impl Engine {
             }
             if which.is_none() {
                 let stat = self.root.stat(path).ok().flatten();
-                *which = stat.filter(|stat| stat.st_nlink == 1).map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
+                *which = stat.map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
             }
             if which.is_some_and(|which| gone.contains(&which)) {
                 found.push(group);

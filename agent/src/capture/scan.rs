@@ -279,14 +279,33 @@ impl Engine {
             if let Some(row) = row {
                 self.scan.moved.went(&row, self.group_of(&path, false));
             }
-            if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            } else if stat.st_nlink == 1 {
-                self.scan.moved.came(stat.st_size as u64, tree::mtime(&stat), self.group_of(&path, false));
-            } else if is_new && self.complete {
-                // Elsewhere, too; when that name goes before this one is there, it was a move.
-                self.fresh.insert(path, None);
+            if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+                self.may_have_moved_here(path, &stat, is_new)?;
             }
         }
+        Ok(())
+    }
+
+    /// A file that differs from its row, or has none, may have come from where nobody watched it go: it must not be gone there before it is here.
+    fn may_have_moved_here(&mut self, path: RelPath, stat: &rfs::Stat, is_new: bool) -> Result<(), CaptureError> {
+        let here = self.group_of(&path, false);
+        let mut left = vec![];
+        for other in self.view.by_ino(stat.st_ino)? {
+            if self.root.stat(&other).ok().flatten().is_some_and(|there| there.st_ino == stat.st_ino) {
+                // It is there, too. When that name goes before this one is here, it was a move after all.
+                if is_new && self.complete {
+                    self.fresh.insert(path, None);
+                }
+                return Ok(());
+            }
+            // Another file that had its number says nothing.
+            let same = |row: Row| row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(stat);
+            if self.view.row(&other)?.is_some_and(same) {
+                left.push(self.group_of(&other, false));
+            }
+        }
+        left.iter().for_each(|there| self.sets.join(&here, there));
+        self.scan.moved.came(stat.st_size as u64, tree::mtime(stat), here);
         Ok(())
     }
 
