@@ -78,6 +78,8 @@ pub struct Ledger {
     pub delivered: AtomicUsize,
     /// No agent is there: writers rest.
     pub down: AtomicBool,
+    /// Writers that rest, or have ended: they have nothing open below the root.
+    pub resting: AtomicUsize,
     /// Writers end.
     pub over: AtomicBool,
 }
@@ -108,12 +110,16 @@ impl Ledger {
         while !self.over.load(Ordering::SeqCst) {
             if self.down.load(Ordering::SeqCst) {
                 client = None;
-                nap_until(Instant::now() + Duration::from_millis(20));
+                self.resting.fetch_add(1, Ordering::SeqCst);
+                while self.down.load(Ordering::SeqCst) {
+                    nap_until(Instant::now() + Duration::from_millis(20));
+                }
+                self.resting.fetch_sub(1, Ordering::SeqCst);
                 continue;
             }
             let n = self.delivered.fetch_add(1, Ordering::SeqCst);
             if n >= total {
-                return Ok(());
+                break;
             }
             let large = rng.chance(5);
             let size = 200 + rng.below(if large { 100_000 } else { 6_000 });
@@ -135,6 +141,7 @@ impl Ledger {
                 }
             }
         }
+        self.resting.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 }

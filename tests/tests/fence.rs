@@ -25,6 +25,15 @@ fn what_was_fenced_survives_the_loss_of_the_primary() {
 }
 
 #[test]
+fn what_was_fenced_survives_power_cuts_of_the_primary() {
+    require!(Need::LoopDisk);
+    let _turn = heavy();
+    let seen = if full() { fenced::run_with_power_cuts(10_000, 20, 30) } else { fenced::run_with_power_cuts(600, 20, 3) };
+    eprintln!("{seen:?}");
+    assert!(seen.fenced * 10 > seen.delivered * 8, "most fences hold, or this shows nothing: {seen:?}");
+}
+
+#[test]
 fn the_command_and_the_socket() {
     require!(Need::Program("socat"), Need::Program("python3"), Need::Program("lua5.4"));
     let _turn = heavy();
