@@ -100,7 +100,7 @@ pub fn run_with_power_cuts(deliveries: usize, writers: usize, cuts: usize) -> Se
     primary.start();
     let limit = Duration::from_secs(60);
     primary.wait_state(limit, "protected");
-    let (ledger, state) = (Ledger::default(), primary.state.clone());
+    let (ledger, state) = (Ledger { unsynced: true, ..Ledger::default() }, primary.state.clone());
     let mut seen = Seen::default();
     while_delivering(&ledger, (&root, &state), deliveries, writers, cuts, seed.0, |cut, _| {
         primary.kill9();

@@ -30,6 +30,7 @@ fn what_was_fenced_survives_power_cuts_of_the_primary() {
     let _turn = heavy();
     let seen = if full() { fenced::run_with_power_cuts(10_000, 20, 30) } else { fenced::run_with_power_cuts(600, 20, 3) };
     eprintln!("{seen:?}");
+    assert!(seen.lost > 0, "no cut took anything, so nothing was shown: {seen:?}");
     assert!(seen.fenced * 10 > seen.delivered * 8, "most fences hold, or this shows nothing: {seen:?}");
 }
 
