@@ -30,7 +30,7 @@ soak FROM="1":
 
 # The simulation of both nodes (root), likewise.
 soak-nodes FROM="1":
-    TWINBOX_SIM_FROM={{ FROM }} TWINBOX_SIM_SEEDS=1000000 cargo test -p twinbox --lib two_nodes_whatever -- --nocapture
+    TWINBOX_SIM_FROM={{ FROM }} TWINBOX_SIM_SEEDS=1000000 cargo test -p twinbox --lib two_nodes_on_disks -- --nocapture
 
 # Fuzz one target for some seconds (needs cargo-fuzz; RUSTC_BOOTSTRAP lets a stable toolchain instrument). See CONTRIBUTING.md.
 fuzz TARGET SECONDS="600" *ARGS:

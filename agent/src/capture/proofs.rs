@@ -39,7 +39,7 @@ struct Type {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Trait {
-    /// lseek(SEEK_DATA) and a read wait for a write in progress: looked up in the kernel, and tried by `shared/experiments`.
+    /// lseek(SEEK_DATA) and a read wait for a write in progress: looked up in the kernel's source.
     Proven,
     /// Other machines change files without an event here.
     Remote,

@@ -16,6 +16,7 @@ use super::*;
 use server::Server;
 
 mod alone;
+mod disk;
 mod nodes;
 mod server;
 

@@ -6,11 +6,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::fd::AsFd;
-use std::process::Command as Program;
 use std::sync::MutexGuard;
 
-use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
@@ -21,6 +18,7 @@ use twinbox_resync::node::Role;
 use super::super::super::cut::wall;
 use super::super::super::messages::{BulkMessage, Step, ToLink};
 use super::super::*;
+use super::disk::Disk;
 use super::server::{GROUPS, Rng, Server, State, each_below};
 use super::testing::{history, welcome};
 use super::{Fence, Seeds, fence, open_engine, pending, turn};
@@ -32,69 +30,6 @@ use crate::standby::{ObjectWriter, Session, Standby, StandbyConfig, StandbyError
 /// Far above what anything takes.
 const LONG: Duration = Duration::from_secs(60);
 const FILLED: &str = "disk filled or freed";
-
-/// A file system in a file.
-struct Disk {
-    dir: TempDir,
-}
-
-fn system(program: &str, words: &[&std::ffi::OsStr]) -> Result<(), String> {
-    let done = Program::new(program).args(words).output().map_err(|error| format!("{program}: {error}"))?;
-    if done.status.success() { Ok(()) } else { Err(format!("{program}: {}", String::from_utf8_lossy(&done.stderr))) }
-}
-
-impl Disk {
-    fn new(kind: &str) -> Result<Disk, String> {
-        let memory = std::path::Path::new("/dev/shm");
-        let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.map_err(|e| e.to_string())?;
-        let disk = Disk { dir };
-        fs::create_dir(disk.path()).map_err(|e| e.to_string())?;
-        let image = disk.image();
-        fs::File::create(&image).and_then(|file| file.set_len(512 << 20)).map_err(|e| e.to_string())?;
-        let force = if kind == "xfs" { "-f" } else { "-F" };
-        system(&format!("mkfs.{kind}"), &["-q".as_ref(), force.as_ref(), image.as_os_str()])?;
-        disk.mount()?;
-        Ok(disk)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.dir.path().join("disk")
-    }
-
-    fn image(&self) -> PathBuf {
-        self.dir.path().join("image")
-    }
-
-    fn mount(&self) -> Result<(), String> {
-        system("mount", &["-o".as_ref(), "loop".as_ref(), self.image().as_os_str(), self.path().as_os_str()])
-    }
-
-    /// From here on nothing reaches the disk, and everything fails.
-    fn lose_power(&self) {
-        crate::sys::lose_power(fs::File::open(self.path()).unwrap().as_fd()).unwrap();
-    }
-
-    /// The machine starts.
-    fn come_up(&self) {
-        let end = Instant::now() + LONG;
-        // Threads of the agent that died end a moment later.
-        while let Err(error) = system("umount", &[self.path().as_os_str()]) {
-            assert!(Instant::now() < end, "{error}");
-            std::thread::yield_now();
-        }
-        self.mount().unwrap();
-    }
-
-    fn sync(&self) {
-        rustix::fs::syncfs(fs::File::open(self.path()).unwrap()).unwrap();
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = system("umount", &["-l".as_ref(), self.path().as_os_str()]);
-    }
-}
 
 /// What the network holds.
 struct Link {
@@ -748,11 +683,11 @@ fn run(seed: u64) -> BTreeMap<&'static str, usize> {
 }
 
 #[test]
-fn two_nodes_whatever_happens() {
+fn two_nodes_on_disks_that_lose_power() {
     if let Err(error) = Nodes::new(0, 0).and_then(|_| Nodes::new(1, 0)) {
         assert!(std::env::var_os("CI").is_none(), "file systems of our own cannot be mounted: {error}");
         eprintln!("SKIPPED: file systems of our own cannot be mounted, so no machine loses power here: {error}");
         return;
     }
-    Seeds::from_env(3).run("two_nodes_whatever_happens", run);
+    Seeds::from_env(3).run("two_nodes_on_disks_that_lose_power", run);
 }
