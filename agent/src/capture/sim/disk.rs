@@ -14,18 +14,24 @@ const UNMOUNTED_WITHIN: Duration = Duration::from_secs(60);
 /// A file system in a file.
 pub(super) struct Disk {
     dir: TempDir,
+    kind: &'static str,
 }
 
-fn system(program: &str, words: &[&OsStr]) -> Result<(), String> {
+/// What it printed.
+fn system(program: &str, words: &[&OsStr]) -> Result<String, String> {
     let done = Command::new(program).args(words).output().map_err(|error| format!("{program}: {error}"))?;
-    if done.status.success() { Ok(()) } else { Err(format!("{program}: {}", String::from_utf8_lossy(&done.stderr))) }
+    if done.status.success() {
+        Ok(String::from_utf8_lossy(&done.stdout).into_owned())
+    } else {
+        Err(format!("{program}: {}", String::from_utf8_lossy(&done.stderr)))
+    }
 }
 
 impl Disk {
-    pub(super) fn new(kind: &str) -> Result<Disk, String> {
+    pub(super) fn new(kind: &'static str) -> Result<Disk, String> {
         let memory = Path::new("/dev/shm");
         let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.map_err(|e| e.to_string())?;
-        let disk = Disk { dir };
+        let disk = Disk { dir, kind };
         fs::create_dir(disk.path()).map_err(|e| e.to_string())?;
         let image = disk.image();
         fs::File::create(&image).and_then(|file| file.set_len(512 << 20)).map_err(|e| e.to_string())?;
@@ -43,8 +49,14 @@ impl Disk {
         self.dir.path().join("image")
     }
 
+    /// On a loop device of its own each time: of a process that runs in another mount namespace what had no power before is still mounted there, and `mount -o loop` would take the same device.
     fn mount(&self) -> Result<(), String> {
-        system("mount", &["-o".as_ref(), "loop".as_ref(), self.image().as_os_str(), self.path().as_os_str()])
+        let device = system("losetup", &["--find".as_ref(), "--show".as_ref(), self.image().as_os_str()])?;
+        let (device, options) = (OsStr::new(device.trim()), if self.kind == "xfs" { "nouuid" } else { "defaults" });
+        let mounted = system("mount", &["-o".as_ref(), options.as_ref(), device, self.path().as_os_str()]);
+        // Goes when it is unmounted.
+        system("losetup", &["--detach".as_ref(), device])?;
+        mounted.map(drop)
     }
 
     /// From here on nothing reaches the disk, and everything fails.
