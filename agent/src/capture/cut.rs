@@ -164,18 +164,22 @@ impl Engine {
             return false;
         }
         let gone = |path: &RelPath| {
-            let row = self.view.row(&self.sets.origin(path)).ok()?.filter(|row| !row.entry.is_dir())?;
-            Some((row.local?.ino, row.entry.size(), row.entry.mtime))
+            let row = self.view.row(&self.sets.origin(path)).ok()?.filter(|row| row.entry.hash().is_some())?;
+            // After a kill or a power cut the inode may not be known (yet).
+            Some((row.local.map(|local| local.ino), row.entry.size(), row.entry.mtime))
         };
-        let mut gone: HashSet<Which> = self.sets.absent(unit).filter_map(gone).collect();
-        // Renamed within the unit, or there under another name: it is somewhere.
+        let mut gone: HashSet<(Option<u64>, u64, Time)> = self.sets.absent(unit).filter_map(gone).collect();
         if gone.is_empty() {
             return false;
         }
+        // Renamed within the unit, or there under another name: it is somewhere.
         let here: HashSet<u64> = self.sets.inodes(unit).collect();
-        gone.retain(|which| !here.contains(&which.0));
         let absent: HashSet<&RelPath> = self.sets.absent(unit).collect();
-        gone.retain(|which| self.view.by_ino(which.0).is_ok_and(|names| names.iter().all(|name| absent.contains(name))));
+        gone.retain(|(ino, ..)| {
+            ino.is_none_or(|ino| {
+                !here.contains(&ino) && self.view.by_ino(ino).is_ok_and(|names| names.iter().all(|name| absent.contains(name)))
+            })
+        });
         if gone.is_empty() {
             return false;
         }
@@ -189,7 +193,8 @@ impl Engine {
                 let stat = self.root.stat(path).ok().flatten();
                 *which = stat.map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
             }
-            if which.is_some_and(|which| gone.contains(&which)) {
+            let is_gone = |(ino, size, mtime)| gone.contains(&(Some(ino), size, mtime)) || gone.contains(&(None, size, mtime));
+            if which.is_some_and(is_gone) {
                 found.push(group);
             }
         }

@@ -304,6 +304,9 @@ impl Engine {
                 left.push(self.group_of(&other, false));
             }
         }
+        if is_new && self.complete && stat.st_nlink > 1 {
+            self.fresh.insert(path, None); // Of those that are there the inodes may not be known.
+        }
         left.iter().for_each(|there| self.sets.join(&here, there));
         self.scan.moved.came(stat.st_size as u64, tree::mtime(stat), here);
         Ok(())

@@ -54,7 +54,7 @@ pub(super) struct Server {
     made: usize,
     /// Changes left.
     pub(super) left: usize,
-    pub(super) hard: bool,
+    hard: bool,
     pub(super) said: Vec<String>,
     /// Some messages are made durable, as a mail server should, and some are not.
     pub(super) syncs: bool,
@@ -252,7 +252,6 @@ impl Server {
             17 => self.mkdir(&format!("{dir}/d{n}")),
             18 if self.rng.one_in(3) => self.remove(&dir),
             18 => {
-                let dir = if self.hard { dir } else { file.rsplit_once('/').map_or(dir, |(dir, _)| dir.to_owned()) };
                 let link = format!("{dir}/l{n}");
                 if let Some(Some(content)) = self.tree.get(&file).copied()
                     && fs::hard_link(self.root.join(&file), self.root.join(&link)).is_ok()
