@@ -191,12 +191,16 @@ impl Engine {
             }
             if which.is_none() {
                 let stat = self.root.stat(path).ok().flatten();
-                *which = stat.map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
+                // With several names it may be a message delivered to many: copies, not a move, which would make one unit of all their groups.
+                *which = stat.filter(|stat| stat.st_nlink == 1).map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
             }
             let is_gone = |(ino, size, mtime)| gone.contains(&(Some(ino), size, mtime)) || gone.contains(&(None, size, mtime));
             if which.is_some_and(is_gone) {
                 found.push(group);
             }
+        }
+        if !found.is_empty() {
+            tracing::debug!(mirror = %self.config.name, from = unit.len(), to = found.len(), ?gone, "joined: moved by link and unlink");
         }
         for group in &found {
             unit.iter().for_each(|name| self.sets.join(name, group));
@@ -364,15 +368,16 @@ impl Engine {
         if found.nlink < 2 || found.entry.is_dir() || row.is_some_and(|row| row.entry == found.entry && row.local == Some(found.local)) {
             return Ok(());
         }
-        for other in self.view.by_ino(found.local.ino)? {
+        for row in self.view.by_ino(found.local.ino)? {
+            let other = self.sets.now_at(&row);
             let group = self.group_of(&other, false);
             // Inode numbers are used again at once: a name that is gone, or another file by now, is no name of this one.
             if other != *path && !matches!(self.root.stat(&other), Ok(Some(stat)) if stat.st_ino == found.local.ino) {
                 continue;
             }
-            if other != *path && self.view.row(&other)?.is_some_and(|row| row.entry == found.entry) {
+            if other != *path && self.view.row(&row)?.is_some_and(|row| row.entry == found.entry) {
                 // Seen under this name it is as known under that one, but for its ctime.
-                self.view.set_local(&other, Some(found.local))?;
+                self.view.set_local(&row, Some(found.local))?;
                 continue;
             }
             self.sets.join(name, &group);

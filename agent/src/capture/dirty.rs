@@ -598,6 +598,13 @@ impl DirtySets {
         path.clone()
     }
 
+    /// Where what has its row at `origin` is by now: the other way round.
+    #[must_use]
+    pub fn now_at(&self, origin: &RelPath) -> RelPath {
+        let moved = self.origins.iter().filter(|(_, from)| origin.is_within(from)).max_by_key(|(_, from)| from.as_bytes().len());
+        moved.and_then(|(to, from)| origin.rebase(from, to)).unwrap_or_else(|| origin.clone())
+    }
+
     /// Two groups must be cut together.
     pub fn join(&mut self, a: &[u8], b: &[u8]) {
         if a != b {

@@ -629,6 +629,24 @@ fn a_large_file_changed_under_one_name_is_changed_under_the_other() {
 }
 
 #[test]
+fn a_file_changed_under_one_name_is_changed_under_the_other_though_its_folder_was_renamed_meanwhile() {
+    let mut rig = started(&["u", "v", "w"]);
+    fs::create_dir(rig.root.join("v/d")).unwrap();
+    fs::write(rig.root.join("u/log"), b"one").unwrap();
+    fs::hard_link(rig.root.join("u/log"), rig.root.join("v/d/link")).unwrap();
+    rig.settle();
+    rig.stage = false;
+    fs::write(rig.root.join("w/big"), big()).unwrap(); // w waits, and what is moved there with it.
+    fs::rename(rig.root.join("v/d"), rig.root.join("w/d")).unwrap();
+    rig.until("w waits", |r| r.engine.sets.groups().any(|(_, g)| g.staging.contains_key(&p("w/big"))));
+    fs::OpenOptions::new().append(true).open(rig.root.join("u/log")).unwrap().write_all(b" and two").unwrap();
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+#[test]
 fn two_folders_exchanged_are_both_followed() {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     let mut rig = started(&["u/a", "u/b"]);

@@ -32,31 +32,37 @@ struct Listing {
 
 /// Files that may have been moved between groups while nobody watched: they must not be gone in one before they are in the other. Recognised by size and mtime, which a rename leaves as they are:
 /// after a power cut this node may not know what inodes they had.
+///
+/// Only in the first comparison of a life: later the inodes are known, and copies of one message that come and go under load would make one unit of many groups.
 #[derive(Default)]
 struct Moved {
+    over: bool,
     went: HashMap<(u64, Time), BTreeSet<Group>>,
     came: HashMap<(u64, Time), BTreeSet<Group>>,
 }
 
 impl Moved {
     fn went(&mut self, row: &Row, group: Group) {
-        if row.entry.hash().is_some() && self.went.len() < MOVED_MAX {
+        if !self.over && row.entry.hash().is_some() && self.went.len() < MOVED_MAX {
             self.went.entry((row.entry.size(), row.entry.mtime)).or_default().insert(group);
         }
     }
 
     fn came(&mut self, size: u64, mtime: Time, group: Group) {
-        if self.came.len() < MOVED_MAX {
+        if !self.over && self.came.len() < MOVED_MAX {
             self.came.entry((size, mtime)).or_default().insert(group);
         }
     }
 
-    /// Pairs of groups that are cut together.
-    fn between_groups(self) -> BTreeSet<(Group, Group)> {
-        let mut pairs = BTreeSet::new();
-        for (which, to) in self.came {
-            for from in self.went.get(&which).into_iter().flatten() {
-                pairs.extend(to.iter().filter(|to| *to != from).map(|to| (from.clone(), to.clone())));
+    /// Pairs of groups that are cut together; `last`: nothing is remembered from here on.
+    fn between_groups(&mut self, last: bool) -> BTreeSet<(Group, Group)> {
+        self.over |= last;
+        let (went, mut pairs) = (std::mem::take(&mut self.went), BTreeSet::new());
+        for (which, to) in std::mem::take(&mut self.came) {
+            let Some(from) = went.get(&which) else { continue };
+            // What went in the same group was moved within it; what others lost are copies.
+            for to in to.difference(from) {
+                pairs.extend(from.iter().map(|from| (from.clone(), to.clone())));
             }
         }
         pairs
@@ -89,7 +95,8 @@ impl Scan {
     }
 
     pub(super) fn clear(&mut self) {
-        *self = Scan::default();
+        let moved = Moved { over: self.moved.over, ..Moved::default() };
+        *self = Scan { moved, ..Scan::default() };
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -211,7 +218,8 @@ impl Engine {
             }
         }
         if self.scan.is_done() {
-            for (from, to) in std::mem::take(&mut self.scan.moved).between_groups() {
+            // A life's first comparison begins with its first session.
+            for (from, to) in self.scan.moved.between_groups(self.session.is_some()) {
                 self.sets.join(&from, &to);
             }
         }
@@ -288,14 +296,17 @@ impl Engine {
 
     /// A file that differs from its row, or has none, may have come from where nobody watched it go: it must not be gone there before it is here.
     fn may_have_moved_here(&mut self, path: RelPath, stat: &rfs::Stat, is_new: bool) -> Result<(), CaptureError> {
+        if stat.st_nlink > 1 {
+            // Elsewhere, too, wherever it came from. When it is the last of its names before it is cut, it was a move after all.
+            if is_new && self.complete {
+                self.fresh.insert(path, None);
+            }
+            return Ok(());
+        }
         let here = self.group_of(&path, false);
         let mut left = vec![];
         for other in self.view.by_ino(stat.st_ino)? {
             if self.root.stat(&other).ok().flatten().is_some_and(|there| there.st_ino == stat.st_ino) {
-                // It is there, too. When that name goes before this one is here, it was a move after all.
-                if is_new && self.complete {
-                    self.fresh.insert(path, None);
-                }
                 return Ok(());
             }
             // Another file that had its number says nothing.
@@ -304,8 +315,11 @@ impl Engine {
                 left.push(self.group_of(&other, false));
             }
         }
-        if is_new && self.complete && stat.st_nlink > 1 {
-            self.fresh.insert(path, None); // Of those that are there the inodes may not be known.
+        if left.contains(&here) {
+            // Moved within the group; what other groups lost are copies of it.
+            left.clear();
+        } else if !left.is_empty() {
+            tracing::debug!(mirror = %self.config.name, %path, "joined: moved while nobody watched");
         }
         left.iter().for_each(|there| self.sets.join(&here, there));
         self.scan.moved.came(stat.st_size as u64, tree::mtime(stat), here);
@@ -316,7 +330,7 @@ impl Engine {
         let (Some(path), Some(origin)) = (listing.0.join(name), listing.1.join(name)) else { return Ok(()) };
         self.mark(&path, false, true, false);
         self.scan.moved.went(row, self.group_of(&path, false));
-        if row.entry.is_dir() {
+        if row.entry.is_dir() && !self.scan.moved.over {
             for (below, row) in self.view.below(&origin)? {
                 let group = self.group_of(&below.rebase(&origin, &path).unwrap_or(below), false);
                 self.scan.moved.went(&row, group);

@@ -352,11 +352,7 @@ impl World {
     fn check(&mut self, lsn: Lsn, flags: u8) {
         let mut here = BTreeSet::new();
         self.replica.each(None, |_, row, _| here.extend(row.entry.hash())).unwrap();
-        let nowhere: Vec<ContentHash> = {
-            let server = self.server();
-            let lost = |hash: &&ContentHash| server.messages.contains(hash) && !server.removed.contains(hash) && !here.contains(hash);
-            self.seen.iter().filter(lost).copied().collect()
-        };
+        let nowhere = self.server().lost(&self.seen, &here);
         self.seen = here;
         if flags & FLAG_INITIAL != 0 {
             return; // The standby says itself that it is no mirror yet.

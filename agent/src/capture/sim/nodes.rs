@@ -566,11 +566,7 @@ impl Nodes {
         for (_, state) in &states {
             here.extend(state.values().flatten().copied());
         }
-        let lost: Vec<ContentHash> = {
-            let server = self.server();
-            let is_lost = |hash: &&ContentHash| server.messages.contains(hash) && !server.removed.contains(hash) && !here.contains(hash);
-            self.seen.iter().filter(is_lost).copied().collect()
-        };
+        let lost = self.server().lost(&self.seen, &here);
         self.seen = here;
         if !status.complete {
             return; // The standby says itself that it is no mirror yet.

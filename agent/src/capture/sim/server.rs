@@ -51,6 +51,8 @@ pub(super) struct Server {
     /// Contents of messages that were removed.
     pub(super) removed: BTreeSet<ContentHash>,
     pub(super) messages: BTreeSet<ContentHash>,
+    /// Of these that were given several names: moved one name after the other while nobody watches they cannot be told from copies.
+    several: BTreeSet<ContentHash>,
     made: usize,
     /// Changes left.
     pub(super) left: usize,
@@ -72,6 +74,7 @@ impl Server {
             states: BTreeMap::new(),
             removed: BTreeSet::new(),
             messages: BTreeSet::new(),
+            several: BTreeSet::new(),
             made: 0,
             left,
             hard: std::env::var("TWINBOX_SIM_HARD").is_ok(),
@@ -206,6 +209,12 @@ impl Server {
         }
     }
 
+    /// Of the messages that were `seen` on the standby those that should be `here` and are not.
+    pub(super) fn lost(&self, seen: &BTreeSet<ContentHash>, here: &BTreeSet<ContentHash>) -> Vec<ContentHash> {
+        let ought = |hash: &&ContentHash| self.messages.contains(hash) && !self.several.contains(hash) && !self.removed.contains(hash);
+        seen.difference(here).filter(ought).copied().collect()
+    }
+
     /// What the disk has after a power cut, and what a heal put back, is what the store holds now.
     pub(super) fn reload(&mut self) {
         let (mut tree, mut inodes) = (Tree::new(), HashMap::new());
@@ -257,6 +266,7 @@ impl Server {
                     && fs::hard_link(self.root.join(&file), self.root.join(&link)).is_ok()
                 {
                     self.tree.insert(link.clone(), Some(content));
+                    self.several.insert(self.hashes[content]);
                     self.instant(format!("link {file} {link}"));
                 }
             }
