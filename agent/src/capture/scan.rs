@@ -33,7 +33,7 @@ struct Listing {
 /// Files that may have been moved between groups while nobody watched: they must not be gone in one before they are in the other. Recognised by size and mtime, which a rename leaves as they are:
 /// after a power cut this node may not know what inodes they had.
 ///
-/// Only in the first comparison of a life: later the inodes are known, and copies of one message that come and go under load would make one unit of many groups.
+/// Only in the first comparison of a life, or after all rows were pulled: later the inodes are known, and copies of one message that come and go under load would make one unit of many groups.
 #[derive(Default)]
 struct Moved {
     over: bool,
@@ -92,6 +92,11 @@ impl Scan {
         self.clear();
         self.stack.push(RelPath::root());
         fresh
+    }
+
+    /// The next comparison is as the first one of a life.
+    pub(super) fn forget_inodes(&mut self) {
+        self.moved.over = false;
     }
 
     pub(super) fn clear(&mut self) {

@@ -318,7 +318,10 @@ impl Engine {
         for path in pull.paths {
             self.mark(&path, true, true, false);
         }
-        self.compare |= reset;
+        if reset {
+            self.compare = true;
+            self.scan.forget_inodes();
+        }
         Ok(Ok(Step::Begin { from, reset }))
     }
 
