@@ -35,7 +35,7 @@ const BULK_SETTLE_MAX: Duration = Duration::from_secs(5);
 /// A file that is being read ahead is looked at when that is over; this only says when nobody came to say so.
 const OPEN_WAIT: Duration = Duration::from_millis(250);
 /// With more new names than this nobody looks whether a file that goes is one of them.
-const FRESH_SEARCHED: usize = 2000;
+pub(super) const FRESH_SEARCHED: usize = 2000;
 /// Txns in flight at most.
 const FLIGHTS_MAX: usize = 4096;
 /// LSNs reserved at a time.
@@ -177,7 +177,8 @@ impl Engine {
         let absent: HashSet<&RelPath> = self.sets.absent(unit).collect();
         gone.retain(|(ino, ..)| {
             ino.is_none_or(|ino| {
-                !here.contains(&ino) && self.view.by_ino(ino).is_ok_and(|names| names.iter().all(|name| absent.contains(name)))
+                !here.contains(&ino)
+                    && self.view.by_ino(ino).is_ok_and(|names| names.iter().all(|name| absent.contains(&self.sets.now_at(name))))
             })
         });
         if gone.is_empty() {

@@ -601,6 +601,9 @@ impl DirtySets {
     /// Where what has its row at `origin` is by now: the other way round.
     #[must_use]
     pub fn now_at(&self, origin: &RelPath) -> RelPath {
+        if self.origins.is_empty() {
+            return origin.clone();
+        }
         let moved = self.origins.iter().filter(|(_, from)| origin.is_within(from)).max_by_key(|(_, from)| from.as_bytes().len());
         moved.and_then(|(to, from)| origin.rebase(from, to)).unwrap_or_else(|| origin.clone())
     }

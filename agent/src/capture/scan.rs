@@ -11,6 +11,7 @@ use twinbox_protocol::entry::{Kind, Time};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
 
+use super::cut::FRESH_SEARCHED;
 use super::dirty::Group;
 use super::engine::{CaptureError, Engine};
 use crate::tree::{self, Listed};
@@ -288,12 +289,17 @@ impl Engine {
         let row = if self.sets.origin(&path) == listing.origin.join(&item.name).unwrap_or_default() { row } else { None };
         if row.as_ref().is_none_or(|row| !unchanged(row, &stat)) {
             self.mark(&path, false, true, false);
-            let is_new = row.is_none();
-            if let Some(row) = row {
-                self.scan.moved.went(&row, self.group_of(&path, false));
-            }
-            if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
-                self.may_have_moved_here(path, &stat, is_new)?;
+            let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+            let still = |row: &Row| is_file && row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(&stat);
+            // With the same size and time it is the same file, whatever else was changed.
+            if !row.as_ref().is_some_and(still) {
+                let is_new = row.is_none();
+                if let Some(row) = row {
+                    self.scan.moved.went(&row, self.group_of(&path, false));
+                }
+                if is_file && self.complete {
+                    self.may_have_moved_here(path, &stat, is_new)?;
+                }
             }
         }
         Ok(())
@@ -303,7 +309,7 @@ impl Engine {
     fn may_have_moved_here(&mut self, path: RelPath, stat: &rfs::Stat, is_new: bool) -> Result<(), CaptureError> {
         if stat.st_nlink > 1 {
             // Elsewhere, too, wherever it came from. When it is the last of its names before it is cut, it was a move after all.
-            if is_new && self.complete {
+            if is_new && self.fresh.len() < FRESH_SEARCHED / 2 {
                 self.fresh.insert(path, None);
             }
             return Ok(());

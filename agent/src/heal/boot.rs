@@ -19,7 +19,10 @@ pub fn boot_id() -> std::io::Result<String> {
     Ok(text.split_whitespace().collect())
 }
 
-/// When the machine was started, by its clock as it is now (`btime` of `proc_stat(5)`, whole seconds).
+/// `btime` and the clock it is set by are whole seconds: what was changed in the last ones before a cut must not seem to be of after it. No mail server runs that early.
+const ROUNDED: i64 = 2;
+
+/// When the machine was started, by its clock as it is now (`btime` of `proc_stat(5)`, rounded up).
 ///
 /// # Errors
 /// The system's.
@@ -31,5 +34,5 @@ pub(super) fn booted() -> std::io::Result<Time> {
     }
     let stat = std::fs::read_to_string("/proc/stat")?;
     let secs = stat.lines().find_map(|line| line.strip_prefix("btime ")).and_then(|secs| secs.trim().parse().ok());
-    secs.map(|secs| Time { secs, nanos: 0 }).ok_or_else(|| std::io::Error::other("/proc/stat has no btime"))
+    secs.map(|secs: i64| Time { secs: secs + ROUNDED, nanos: 0 }).ok_or_else(|| std::io::Error::other("/proc/stat has no btime"))
 }

@@ -66,8 +66,12 @@ pub(super) fn judge(wanted: Option<&Entry>, then: Option<Local>, found: Option<&
     if !wanted.same_type(&found.entry) {
         return if found.was && !found.busy && !found.fresh { Verdict::Replace } else { Verdict::Doubt };
     }
-    if found.busy || found.fresh {
+    if found.busy {
         return Verdict::Newer;
+    }
+    if found.fresh {
+        // Bytes that are written move the mtime: else only a name or attributes were changed after the boot, of a file whose bytes may not have reached the disk.
+        return if found.entry.mtime == wanted.mtime { Verdict::NewerUnlessBeginning } else { Verdict::Newer };
     }
     if found.was {
         return Verdict::Replace;
@@ -134,6 +138,7 @@ mod tests {
         let wanted = file(b"row");
         let then = Some(at(7, 200));
         let other = |local| on_disk(file(b"other"), local);
+        let written = Entry { mtime: time(101), ..file(b"other") };
         let case = |then, found: Found| judge(Some(&wanted), then, Some(&found));
         assert_eq!(judge(Some(&wanted), then, None), Verdict::Restore);
         // New bytes under old timestamps: they are the row's.
@@ -142,7 +147,13 @@ mod tests {
             (Verdict::Replace, then, Found { was: true, ..other(at(7, 150)) }, "what it had before"),
             (Verdict::Replace, None, Found { was: true, ..other(at(9, 150)) }, "the same, acknowledgement lost"),
             (Verdict::Replace, then, other(at(9, 150)), "the file of before the rename over it"),
-            (Verdict::Newer, then, Found { was: true, fresh: true, ..other(at(7, 150)) }, "what it had before, since the boot"),
+            (
+                Verdict::NewerUnlessBeginning,
+                then,
+                Found { was: true, fresh: true, ..other(at(7, 150)) },
+                "a name or attribute, since the boot",
+            ),
+            (Verdict::Newer, then, Found { was: true, fresh: true, ..on_disk(written.clone(), at(7, 150)) }, "written since the boot"),
             (Verdict::NewerUnlessBeginning, then, other(at(7, 201)), "changed after the last look"),
             (Verdict::NewerUnlessBeginning, then, other(at(9, 201)), "replaced after the last look"),
             (Verdict::Newer, then, Found { longer: true, ..other(at(7, 150)) }, "appended to"),

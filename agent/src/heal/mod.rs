@@ -354,6 +354,7 @@ fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) ->
         incomplete,
         booted,
         touched: Default::default(),
+        read_again: Default::default(),
     };
     work.run()?;
     Ok(work.done)

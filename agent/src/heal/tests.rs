@@ -303,6 +303,21 @@ fn bytes_that_never_reached_the_disk_come_back_under_a_newer_ctime() {
 }
 
 #[test]
+fn what_stays_under_one_name_stays_under_the_other() {
+    let mut rig = Rig::new();
+    let local = rig.on_disk("u/a", b"mail");
+    fs::hard_link(rig.root.join("u/a"), rig.root.join("u/b")).unwrap();
+    fs::set_permissions(rig.root.join("u/a"), fs::Permissions::from_mode(0o604)).unwrap(); // Not shipped.
+    for path in ["u/a", "u/b"] {
+        let entry = rig.has(path, b"mail");
+        rig.knows(path, &entry, local.ino, Time { secs: 1, nanos: 1 });
+    }
+    let done = rig.heal();
+    assert_eq!((done.newer, done.attributes), (2, 0), "{done:?}");
+    assert_eq!(fs::metadata(rig.root.join("u/b")).unwrap().mode() & 0o777, 0o604);
+}
+
+#[test]
 fn what_stays_is_read_by_the_capture_whatever_its_times_say() {
     let mut rig = Rig::new();
     let local = rig.on_disk("u/a", b"torn");

@@ -128,6 +128,8 @@ pub(super) struct Work<'a, S> {
     pub(super) booted: Option<Time>,
     /// Inodes whose ctime this heal moved.
     pub(super) touched: BTreeSet<u64>,
+    /// Inodes that stay as the disk has them.
+    pub(super) read_again: BTreeSet<u64>,
 }
 
 impl<S: Source> Work<'_, S> {
@@ -153,6 +155,7 @@ impl<S: Source> Work<'_, S> {
             }
             (self.progress)(&self.done);
         }
+        self.forget_what_stays()?;
         self.forget_what_is_written_in_place()?;
         rfs::syncfs(self.replica.root.fd())
             .map_err(|source| WorkError::Disk { path: self.replica.root.path().display().to_string(), source })
@@ -246,19 +249,21 @@ impl<S: Source> Work<'_, S> {
             (_, None) => {}
         }
         let stays = matches!(verdict, Verdict::Newer | Verdict::NewerUnlessBeginning | Verdict::ReplaceIfBeginning | Verdict::Doubt);
-        if stays && let Some(local) = row.and_then(|row| row.local) {
-            self.read_again(local.ino)?;
+        if stays {
+            self.read_again.extend(row.and_then(|row| row.local).map(|local| local.ino));
         }
         Ok(())
     }
 
-    /// What stays is not what was shipped, and its times may say that it is: the capture reads it whatever they say, under all its names.
-    fn read_again(&mut self, ino: u64) -> Result<(), WorkError> {
+    /// What stays is not what was shipped, and its times may say that it is: the capture reads it whatever they say, under all its names. At the end, because other names are judged by what is noted.
+    fn forget_what_stays(&mut self) -> Result<(), WorkError> {
         let Some(manifest) = &mut self.manifest else { return Ok(()) };
         let forget = || {
             manifest.begin()?;
-            for name in manifest.by_ino(ino)? {
-                manifest.set_local(&name, Some(Local { ino, ctime: Time::default() }))?;
+            for ino in &self.read_again {
+                for name in manifest.by_ino(*ino)? {
+                    manifest.set_local(&name, Some(Local { ino: *ino, ctime: Time::default() }))?;
+                }
             }
             Ok(())
         };
