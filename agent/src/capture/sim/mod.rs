@@ -2,7 +2,7 @@
 //! really had, and no older than the one before; no message is nowhere; what was acknowledged stays; a fence that answered was right. At the end both sides are the same.
 //!
 //! The server's changes and the faults follow from the seed; when a file is at rest long enough to be read does not. `TWINBOX_SIM_SEED=N` runs one seed, `TWINBOX_SIM_SEEDS=N` so many.
-//! `TWINBOX_SIM_HARD=1` adds what is known to fail at times: files of one size that follow each other under one inode number within a tick of the clock (ARCHITECTURE, Open defects).
+//! `TWINBOX_SIM_HARD=1` adds what is known to fail at times: files that change in place under names in several groups, and files of one size that follow each other under one inode number within a tick of the clock (ARCHITECTURE, Open defects).
 //!
 //! `alone`: the primary and a model standby, every txn checked. `nodes`: both nodes on disks of their own, real file systems that lose what was not synced.
 
