@@ -52,12 +52,15 @@ impl Unhealed {
 
 /// Heals all; says on `some` whenever there are fewer left. Ends when there are none.
 pub async fn heal_all(mut jobs: Vec<Job>, paths: Option<Paths>, unhealed: Unhealed, some: mpsc::Sender<()>) {
+    // What kept a mirror from being healed stays told while it is tried again.
+    let mut why = BTreeMap::<String, String>::new();
     while !jobs.is_empty() {
         let before = jobs.len();
         let begun = Instant::now();
         let mut left = vec![];
         for job in jobs {
-            let progress = |done: &Done| unhealed.say(&job, "bringing back what this disk lost in a power cut".into(), Some(done));
+            let doing = why.get(job.mirror()).map_or("bringing back what this disk lost in a power cut", String::as_str);
+            let progress = |done: &Done| unhealed.say(&job, doing.to_owned(), Some(done));
             match until_healed(&job, paths.as_ref(), Some(Instant::now() + TURN), progress).await {
                 Ok((outcome, done)) => {
                     tracing::info!(mirror = job.mirror(), ?outcome, ?done, "healed after a power cut");
@@ -66,6 +69,7 @@ pub async fn heal_all(mut jobs: Vec<Job>, paths: Option<Paths>, unhealed: Unheal
                 Err(error) => {
                     tracing::error!(mirror = job.mirror(), %error, "not healed yet: nothing of this mirror is shipped");
                     unhealed.say(&job, error.to_string(), None);
+                    why.insert(job.mirror().to_owned(), error.to_string());
                     left.push(job);
                 }
             }
