@@ -169,9 +169,13 @@ pub fn pair(first: &Node, second: &Node) -> String {
 /// The pairing code in a text, once all of it is there.
 #[must_use]
 pub fn code_in(text: &str) -> Option<String> {
-    let rest = &text[text.find(CODE)?..];
-    let end = rest.find(|c: char| c.is_whitespace() || c == '\'' || c == '"' || c == '`')?;
-    Some(rest[..end].to_owned())
+    let whole = |(at, _): (usize, &str)| {
+        let rest = &text[at..];
+        let end = rest.find(|c: char| c.is_whitespace() || c == '\'' || c == '"' || c == '`')?;
+        // What is said on the other stream shows only its beginning, and may be read first.
+        (!rest[..end].ends_with('…')).then(|| rest[..end].to_owned())
+    };
+    text.match_indices(CODE).find_map(whole)
 }
 
 /// An unused UDP port on loopback.
