@@ -37,6 +37,8 @@ pub(super) struct Patch {
     pub(super) writes: Vec<(u64, Stored)>,
     /// Inode it was for, when it is older than the log's suffix.
     pub(super) ino: Option<u64>,
+    /// Name it was for.
+    pub(super) path: RelPath,
 }
 
 /// A rename of the log.
@@ -192,7 +194,7 @@ impl Suffix {
                     made_here(rows, path, made)?;
                 }
             }
-            Op::Patch { entry, base, writes, .. } => {
+            Op::Patch { path, entry, base, writes } => {
                 let mut stored = vec![];
                 for (offset, bytes) in writes {
                     stored.push((*offset, self.store(bytes)?));
@@ -201,7 +203,7 @@ impl Suffix {
                 self.known.extend([*base, new]);
                 self.times.insert(entry.mtime);
                 self.patched.extend(real);
-                self.patches.push(Patch { base: *base, new, size: entry.size(), writes: stored, ino: real });
+                self.patches.push(Patch { base: *base, new, size: entry.size(), writes: stored, ino: real, path: path.clone() });
             }
             Op::Rename { from, to } => self.moved.push(Moved { from: from.clone(), to: to.clone(), dir, ino: real }),
             Op::SetMeta { attrs, .. } => {

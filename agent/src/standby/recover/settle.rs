@@ -106,7 +106,7 @@ impl Work<'_> {
             if self.adopting && !in_log && stat.st_size > 0 {
                 return self.keep(path, Why::Adopt);
             }
-            if !known && !torn {
+            if !known && !torn && !self.half_patched(path, stat.st_ino).map_err(|_| Errno::IO)? {
                 return self.keep(path, Why::Drift);
             }
         }

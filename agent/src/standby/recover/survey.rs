@@ -13,6 +13,7 @@ use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
 
 use super::Work;
+use super::fold::Patch;
 use crate::standby::copy;
 use crate::standby::error::StandbyError;
 use crate::standby::replica::{is_dir, same_type};
@@ -233,10 +234,9 @@ impl Work<'_> {
         Ok(saved)
     }
 
-    /// Builds the result of a chain of patches beside the replica.
-    fn rebuild(&mut self, hash: ContentHash) -> Result<bool, StandbyError> {
+    /// The patches that lead to `last`, that one first, with each base and how many patches lead from it.
+    fn chain(&self, last: usize) -> (Vec<usize>, Vec<(usize, ContentHash)>) {
         let patches = &self.suffix.patches;
-        let Some(last) = patches.iter().rposition(|patch| patch.new == hash) else { return Ok(false) };
         let mut chain = vec![last];
         let mut bases: Vec<(usize, ContentHash)> = vec![];
         loop {
@@ -244,9 +244,34 @@ impl Work<'_> {
             bases.push((chain.len(), patches[first].base));
             match patches[..first].iter().rposition(|patch| patch.new == patches[first].base) {
                 Some(before) => chain.push(before),
-                None => break,
+                None => return (chain, bases),
             }
         }
+    }
+
+    /// Whether the file at `path` is one whose patching was interrupted: with all ranges of its patches written it is what they make of it.
+    pub(super) fn half_patched(&mut self, path: &RelPath, ino: u64) -> Result<bool, StandbyError> {
+        let patches = &self.suffix.patches;
+        let mine = |patch: &Patch| patch.ino.map_or(patch.path == *path, |of| of == ino);
+        let lasts = patches.iter().enumerate().filter(|(_, patch)| mine(patch));
+        let lasts = lasts.filter(|(at, last)| !patches[at + 1..].iter().any(|next| mine(next) && next.base == last.new));
+        let lasts: Vec<(usize, ContentHash)> = lasts.map(|(at, last)| (at, last.new)).collect();
+        for (last, new) in lasts {
+            let Ok(file) = self.replica.file(path, false) else { return Ok(false) };
+            let built = tempfile::tempfile_in(self.staging.dir()).map_err(io)?;
+            self.patch(&file, &self.chain(last).0, &built)?;
+            if copy::hash(&built).map_err(io)? == new {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Builds the result of a chain of patches beside the replica.
+    fn rebuild(&mut self, hash: ContentHash) -> Result<bool, StandbyError> {
+        let patches = &self.suffix.patches;
+        let Some(last) = patches.iter().rposition(|patch| patch.new == hash) else { return Ok(false) };
+        let (chain, bases) = self.chain(last);
         let inos: BTreeSet<u64> = chain.iter().filter_map(|at| patches[*at].ino).collect();
         let size = patches[last].size;
         // The nearest known point of the chain first; then the file itself, wherever the patching stopped: writing all ranges again converges.
@@ -292,18 +317,24 @@ impl Work<'_> {
         Ok(path.and_then(|path| self.replica.file(&path, false).ok()))
     }
 
-    /// Applies patches (`chain`, last first) to a copy; stages it when it has the name it must have.
-    fn build_on(&mut self, base: &File, chain: &[usize], hash: ContentHash, size: u64) -> Result<bool, StandbyError> {
-        let mut part = self.staging.create().map_err(io)?;
+    /// Copies `base` to `to` and applies patches (`chain`, last first).
+    fn patch(&self, base: &File, chain: &[usize], to: &File) -> Result<(), StandbyError> {
         let len = base.metadata().map_err(io)?.len();
-        copy::whole(base.as_fd(), part.file.as_fd(), len).map_err(|e| StandbyError::io("rebuilding a patched file", e))?;
+        copy::whole(base.as_fd(), to.as_fd(), len).map_err(|e| StandbyError::io("rebuilding a patched file", e))?;
         for at in chain.iter().rev() {
             let patch = &self.suffix.patches[*at];
             for (offset, stored) in &patch.writes {
-                part.file.write_all_at(&self.suffix.read(*stored)?, *offset).map_err(io)?;
+                to.write_all_at(&self.suffix.read(*stored)?, *offset).map_err(io)?;
             }
-            part.file.set_len(patch.size).map_err(io)?;
+            to.set_len(patch.size).map_err(io)?;
         }
+        Ok(())
+    }
+
+    /// Applies patches (`chain`, last first) to a copy; stages it when it has the name it must have.
+    fn build_on(&mut self, base: &File, chain: &[usize], hash: ContentHash, size: u64) -> Result<bool, StandbyError> {
+        let mut part = self.staging.create().map_err(io)?;
+        self.patch(base, chain, &part.file)?;
         part.reread().map_err(io)?;
         let built = part.finish(hash, size, 0).map_err(io)? == Finished::Staged;
         if built {

@@ -372,3 +372,31 @@ async fn what_could_not_be_recovered_is_not_told_as_removed() {
     rig.stop();
     assert_eq!(rig.gone(), ["x"]);
 }
+
+/// A patch writes several ranges; what a kill between two of them leaves is our own, wherever the base and the result are found.
+#[tokio::test]
+async fn a_half_written_patch_is_not_taken_for_somebody_elses_change() {
+    let mut rig = Rig::new().await;
+    let bytes = noise(1, 30_000);
+    rig.check(vec![put("old", &bytes, 1), put("copy", &bytes, 1)]).await;
+    rig.checkpoint().await;
+    rig.check(vec![put("made", &noise(2, 30_000), 2), put("gone", &noise(3, 30_000), 2)]).await;
+    rig.hold();
+    let mut ops: Vec<Op> = vec![];
+    for path in ["old", "made", "gone"] {
+        ops.push(rig.model.patch(path, &[(4096, &[1; 100]), (20_000, &[2; 5000])], 31_000, 3));
+    }
+    ops.extend([rename("made", "moved"), remove("gone")]);
+    let lsn = rig.send(ops).await;
+    rig.durable(lsn).await;
+    rig.crash();
+    for path in ["old", "made", "gone"] {
+        let file = OpenOptions::new().write(true).open(rig.root().join(path)).unwrap();
+        file.write_all_at(&[1; 100], 4096).unwrap();
+        file.write_all_at(&[2; 3], 20_000).unwrap();
+    }
+    rig.start().unwrap();
+    assert_eq!(rig.model.differences(&rig.root()), Vec::<String>::new());
+    assert_eq!(rig.rescued().into_iter().map(|(path, _)| path).collect::<Vec<_>>(), Vec::<String>::new());
+    assert_eq!(rig.handle().status().applied, lsn);
+}
