@@ -9,6 +9,7 @@ pub(crate) mod by_hand;
 mod disk;
 mod judge;
 pub mod remote;
+mod touched;
 pub mod waiting;
 mod work;
 
@@ -32,6 +33,7 @@ use twinbox_resync::schema::StateError;
 pub use boot::boot_id;
 pub use remote::RemoteError;
 use remote::{Greeting, Remote, Waiting};
+use touched::Touched;
 pub use work::{Done, WorkError};
 
 use crate::capture::engine::wall_ns;
@@ -314,10 +316,12 @@ fn put_back<S: remote::Source>(
 ) -> Result<Done, HealError> {
     let root = Root::open(&job.spec.root).map_err(|e| job.work(e.into()))?;
     let (selection, incomplete, booted) = (&job.spec.selection, job.incomplete, job.booted);
-    let work = Plan { root, manifest, pulled, selection, mirror_dir: &job.mirror_dir, source, incomplete, booted };
+    let touched = Touched::open(&job.mirror_dir, &job.boot).map_err(|e| job.work(e.into()))?;
+    let work = Plan { root, manifest, pulled, selection, mirror_dir: &job.mirror_dir, source, incomplete, booted, touched };
     let done = run(work, progress).map_err(|error| job.work(error))?;
     job.is_enough(&done)?;
     note(job, position.lsn.max(job.durable))?;
+    Touched::forget(&job.mirror_dir);
     Ok(done)
 }
 
@@ -331,10 +335,11 @@ struct Plan<'a, S> {
     source: S,
     incomplete: bool,
     booted: Option<Time>,
+    touched: Touched,
 }
 
 fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) -> Result<Done, WorkError> {
-    let Plan { root, manifest, pulled, selection, mirror_dir, source, incomplete, booted } = plan;
+    let Plan { root, manifest, pulled, selection, mirror_dir, source, incomplete, booted, touched } = plan;
     let mut replica = Replica::new(root);
     replica.synced = true;
     let mut work = work::Work {
@@ -353,7 +358,8 @@ fn run<S: remote::Source>(plan: Plan<'_, S>, progress: &mut dyn FnMut(&Done)) ->
         missing: Default::default(),
         incomplete,
         booted,
-        touched: Default::default(),
+        touched,
+        cleared: Default::default(),
         read_again: Default::default(),
     };
     work.run()?;

@@ -54,6 +54,8 @@ struct Rig {
     model: Model,
     incomplete: bool,
     booted: Option<Time>,
+    /// The heal is killed after so many steps.
+    steps: usize,
 }
 
 fn p(text: &str) -> RelPath {
@@ -89,6 +91,7 @@ impl Rig {
             model,
             incomplete: false,
             booted: None,
+            steps: usize::MAX,
         }
     }
 
@@ -169,7 +172,9 @@ impl Rig {
         let selection = Selection::new(Layout::Maildir, vec![]);
         let root = Root::open(&self.root).unwrap();
         let (manifest, source, incomplete, booted) = (Some(manifest), &mut self.model, self.incomplete, self.booted);
-        let plan = Plan { root, manifest, pulled, selection: &selection, mirror_dir: &mirror_dir, source, incomplete, booted };
+        let mut touched = Touched::open(&mirror_dir, "this boot").unwrap();
+        touched.left = self.steps;
+        let plan = Plan { root, manifest, pulled, selection: &selection, mirror_dir: &mirror_dir, source, incomplete, booted, touched };
         run(plan, &mut |_| {})
     }
 
@@ -566,6 +571,62 @@ fn a_heal_that_is_cut_short_is_finished_by_the_next() {
         rig.holds(&format!("u/new/{n}"), format!("mail {n}").as_bytes());
         assert!(!rig.root.join(format!("u/cur/{n}")).exists());
     }
+}
+
+/// Killed at every step of it, in the same boot: its own work is not what somebody did after the boot.
+#[test]
+fn a_heal_does_not_take_the_work_of_one_that_was_killed_for_changes() {
+    for steps in 0..20 {
+        let mut rig = Rig::new();
+        rig.on_disk("u/cur/a", b"shared");
+        fs::hard_link(rig.root.join("u/cur/a"), rig.root.join("u/cur/b")).unwrap();
+        fs::hard_link(rig.root.join("u/cur/a"), rig.root.join("u/cur/stays")).unwrap();
+        let shared = rig.has("u/cur/stays", b"shared");
+        let ino = fs::metadata(rig.root.join("u/cur/stays")).unwrap().ino();
+        rig.knows("u/cur/stays", &shared, ino, later());
+        fs::create_dir_all(rig.root.join("u/.Folder/cur")).unwrap();
+        rig.on_disk("u/.Folder/cur/c", b"moved");
+        rig.on_disk("u/log", b"of before");
+        rig.has("u/log", b"of after");
+        for (path, bytes) in [("u/cur/a", &b"shared"[..]), ("u/cur/b", b"shared"), ("u/.Folder/cur/c", b"moved"), ("u/log", b"of before")] {
+            rig.had.push((p(path), ContentHash::of(bytes)));
+        }
+        for path in ["u/cur/a", "u/cur/b", "u/.Folder", "u/.Folder/cur", "u/.Folder/cur/c"] {
+            rig.gone(path);
+        }
+        rig.boot();
+        rig.steps = steps;
+        let killed = rig.try_heal().is_err();
+        rig.steps = usize::MAX;
+        let done = rig.heal();
+        assert_eq!(done.newer, 0, "killed after {steps} steps: {done:?}\n{:?}", walk(&rig.root));
+        for path in ["u/cur/a", "u/cur/b", "u/.Folder"] {
+            assert!(!rig.root.join(path).exists(), "{path} after {steps} steps");
+        }
+        rig.holds("u/cur/stays", b"shared");
+        rig.holds("u/log", b"of after");
+        assert_eq!(rig.rescued(), Vec::<Vec<u8>>::new());
+        if !killed {
+            assert!(steps > 8, "{steps}");
+            return;
+        }
+    }
+    panic!("never whole");
+}
+
+/// Killed between two steps: what had been exchanged is only under the temporary name then.
+#[test]
+fn what_a_heal_that_was_killed_had_set_aside_is_kept_unless_the_mirror_knows_it() {
+    let mut rig = Rig::new();
+    let theirs = "of the standby ".repeat(100);
+    for dir in ["new", "cur"] {
+        rig.has(&format!("u/{dir}/1"), theirs.as_bytes());
+        rig.on_disk(&format!("u/{dir}/1"), theirs.as_bytes());
+    }
+    rig.on_disk("u/new/.twinbox-heal", b"nobody else has it");
+    rig.on_disk("u/cur/.twinbox-heal", theirs.as_bytes());
+    rig.heal();
+    assert_eq!(rig.rescued(), [b"nobody else has it"]);
 }
 
 #[test]

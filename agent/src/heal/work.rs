@@ -21,6 +21,7 @@ use twinbox_resync::rows::{Local, Row, RowError, Rows};
 use super::disk;
 use super::judge::{Found, Verdict, judge};
 use super::remote::{RemoteError, Source};
+use super::touched::Touched;
 use crate::layout::Selection;
 use crate::standby::replica::{Bytes, Over, Replica};
 use crate::standby::rescue::{Rescue, Why};
@@ -126,8 +127,10 @@ pub(super) struct Work<'a, S> {
     pub(super) incomplete: bool,
     /// When this machine was started, if the disk lost something by that.
     pub(super) booted: Option<Time>,
-    /// Inodes whose ctime this heal moved.
-    pub(super) touched: BTreeSet<u64>,
+    /// Inodes whose ctime a heal moved.
+    pub(super) touched: Touched,
+    /// Directories without anything left in them by a heal that was cut short.
+    pub(super) cleared: BTreeSet<RelPath>,
     /// Inodes that stay as the disk has them.
     pub(super) read_again: BTreeSet<u64>,
 }
@@ -215,6 +218,7 @@ impl<S: Source> Work<'_, S> {
             self.done.compared -= 1;
             return Ok(());
         }
+        self.clear(path)?;
         let row = self.row(path)?;
         // A noted ctime of nothing says: to be read again.
         let then =
@@ -230,13 +234,10 @@ impl<S: Source> Work<'_, S> {
             return Ok(());
         }
         let verdict = judge(wanted, then, found.as_ref());
+        if !matches!(verdict, Verdict::Same | Verdict::Newer) {
+            self.touching(path, found.as_ref())?;
+        }
         match (verdict, wanted) {
-            (Verdict::Same, None) => {
-                // Set aside by a heal that was cut short.
-                if let Some(temp) = Replica::displaced(path) {
-                    self.replica.remove(&temp).map_err(failed)?;
-                }
-            }
             (Verdict::Same, _) => {}
             (Verdict::Newer, Some(wanted)) => self.newer(path, wanted, found.as_ref())?,
             (Verdict::Newer, None) => self.done.newer += 1,
@@ -252,6 +253,40 @@ impl<S: Source> Work<'_, S> {
         if stays {
             self.read_again.extend(row.and_then(|row| row.local).map(|local| local.ino));
         }
+        Ok(())
+    }
+
+    /// Says beforehand that a step will move the ctimes of what is at `path` and of its directory.
+    fn touching(&mut self, path: &RelPath, found: Option<&Found>) -> Result<(), WorkError> {
+        if let Some(found) = found {
+            self.touched.before(found.local.ino)?;
+        }
+        let above = path.parent().map(|dir| self.replica.stat(&dir));
+        if let Some(Ok(Some(stat))) = above {
+            self.touched.before(stat.st_ino)?;
+        }
+        Ok(())
+    }
+
+    /// What a heal that was cut short has left under the temporary name in the directory of `path`: it had set it aside, or not finished it. Bytes that the mirror does not know are kept.
+    fn clear(&mut self, path: &RelPath) -> Result<(), WorkError> {
+        let Some((dir, temp)) = path.parent().zip(Replica::displaced(path)) else { return Ok(()) };
+        if !self.cleared.insert(dir) {
+            return Ok(());
+        }
+        let failed = |source| WorkError::Disk { path: temp.to_string(), source };
+        let Ok(Some(mut found)) = disk::found(&mut self.replica, &temp, None) else { return Ok(()) };
+        self.recognise(&temp, None, &mut found)?;
+        self.touched.before(found.local.ino)?;
+        if found.known || found.entry.hash().is_none() || found.entry.size() == 0 {
+            self.replica.remove(&temp).map_err(failed)?;
+        } else {
+            let kept = self.rescue.take(&mut self.replica, &temp, Why::Heal).map_err(failed)?;
+            tracing::warn!(kept = %kept.display(), "a heal that was cut short left a file that nobody else may have: it is kept");
+            self.done.rescued += 1;
+            self.done.rescue = Some(self.mirror_dir.join("rescue"));
+        }
+        self.touched.add(found.local.ino);
         Ok(())
     }
 
@@ -272,7 +307,7 @@ impl<S: Source> Work<'_, S> {
 
     /// Whether it was changed after the boot, and not by this heal: the last word then, whatever the mirror knows. A ctime ahead of the clock is of before, when that was another.
     fn is_fresh(&self, path: &RelPath, found: &Found) -> bool {
-        let ours = self.touched.contains(&found.local.ino) || found.entry.is_dir() && self.replica.dirs.contains(path);
+        let ours = self.touched.contains(found.local.ino) || found.entry.is_dir() && self.replica.dirs.contains(path);
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
         let now = Time { secs: now.tv_sec, nanos: now.tv_nsec as u32 };
         self.booted.is_some_and(|booted| !ours && (booted..=now).contains(&found.local.ctime))
@@ -307,7 +342,9 @@ impl<S: Source> Work<'_, S> {
         if let Some(found) = found.filter(|_| wanted.is_dir()) {
             entry.mtime = entry.mtime.max(found.entry.mtime);
         }
-        self.touched.extend(found.map(|found| found.local.ino));
+        if let Some(found) = found {
+            self.touched.add(found.local.ino);
+        }
         self.replica.set_attrs(path, &entry)?;
         self.done.attributes += 1;
         Ok(())
@@ -414,7 +451,8 @@ impl<S: Source> Work<'_, S> {
         let found =
             disk::found(&mut self.replica, other, Some(wanted)).map_err(|source| WorkError::Disk { path: other.to_string(), source })?;
         let Some(found) = found.filter(|found| found.entry == *wanted) else { return Ok(false) };
-        self.touched.insert(found.local.ino);
+        self.touched.before(found.local.ino)?;
+        self.touched.add(found.local.ino);
         self.replica.link(other, path).map_err(|source| self.unnamed(path, source))?;
         Ok(true)
     }
@@ -438,7 +476,7 @@ impl<S: Source> Work<'_, S> {
 
     /// Removes what was at `path` and is under the temporary name now, if the mirror knows it (`known`), it is what was looked at and nobody writes to it; else keeps it. Gives whether it was that.
     fn discard(&mut self, path: &RelPath, found: &Found, known: bool) -> Result<bool, WorkError> {
-        self.touched.insert(found.local.ino);
+        self.touched.add(found.local.ino);
         let Some(temp) = Replica::displaced(path) else { return Ok(true) };
         let failed = |source| WorkError::Disk { path: path.to_string(), source };
         let Some(now) = disk::found(&mut self.replica, &temp, None).map_err(failed)? else { return Ok(true) };
