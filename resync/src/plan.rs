@@ -210,6 +210,8 @@ impl Planner<'_> {
         let blind = self.blind(hints);
         let inos: HashSet<u64> =
             self.seen.values().filter_map(|s| if let Seen::Present(f) = s { Some(f.local.ino) } else { None }).collect();
+        // Where renames lead that were not performed, though there was something.
+        let mut passed: Vec<&RelPath> = vec![];
         for (Hint { from, to }, blind) in hints.iter().zip(blind) {
             let row = self.view.row(from)?;
             // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
@@ -217,11 +219,16 @@ impl Planner<'_> {
             let needed = unseen || self.found(to).is_some_and(|f| f.entry.is_dir());
             let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };
             let Some(row) = row else {
-                skipped("moved here from a name that is not known")?;
+                // Made since the last cut: it had no rows that anything below it could have been compared with, and is made under its new name.
+                if passed.iter().any(|other| from.is_within(other)) {
+                    skipped("moved here from a name that is not known")?;
+                    passed.push(to);
+                }
                 continue;
             };
             if from == to || to.is_within(from) || from.is_within(to) || !(blind || row.local.is_some_and(|l| inos.contains(&l.ino))) {
                 skipped("not what was moved here")?;
+                passed.push(to);
                 continue;
             }
             self.parents(to)?;

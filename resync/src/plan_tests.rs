@@ -300,6 +300,18 @@ fn a_rename_ships_no_content_and_a_moved_folder_is_one_op() {
     assert_eq!(ops, [Op::Rename { from: p("a"), to: p("b") }]);
 }
 
+/// Mail servers make a folder under one name and rename it at once.
+#[test]
+fn a_directory_that_was_made_since_the_last_cut_and_renamed_is_made_under_its_new_name() {
+    let mut world = World::new();
+    for act in [Act::Dir(0), Act::File(3, 1), Act::Rename(0, 1)] {
+        world.act(&act);
+    }
+    let seen = ["a", "b", "b/a"].map(|path| (p(path), world.tree.seen(&p(path), true))).into();
+    let ops = plan(&mut world.view, Lsn(9), &seen, &world.hints).unwrap();
+    assert!(matches!(&ops[..], [Op::Make { path: b, .. }, Op::Put { path: a, .. }] if *b == p("b") && *a == p("b/a")), "{ops:?}");
+}
+
 #[test]
 fn a_failed_plan_leaves_rows_and_digest_as_they_were() {
     let mut world = World::new();

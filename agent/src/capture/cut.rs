@@ -141,7 +141,8 @@ impl Engine {
         }
         // A first sync ships what it has seen, but not half a rename: what is below a directory was compared with the rows of its old name.
         let partial = !self.complete && !self.scan.is_done() && !self.sets.has_renames(unit);
-        let compared = !self.complete || self.scan.is_done();
+        // The round began when everything was compared, so what came since is of after it: a file that is gone had left for a directory that was known then.
+        let compared = !self.complete || !self.is_being_compared(unit);
         let whole = partial || compared && unit.iter().all(|name| self.sets.is_round_whole(name));
         // Names of one inode seen at different times: an event under one of them says nothing of the others, and the manifest may not know them yet.
         let mut stale = if whole { self.sets.stale_links(unit) } else { vec![] };
@@ -156,6 +157,14 @@ impl Engine {
         }
         stale.iter().for_each(|path| self.mark(path, true, true, false));
         whole && stale.iter().all(|path| !unit.contains(&self.group_of(path, false))) && !self.leaves_for_another(unit)
+    }
+
+    /// Whether something in these groups, or all of them, is still to be compared.
+    fn is_being_compared(&self, unit: &BTreeSet<Group>) -> bool {
+        let above = |dir: &RelPath, group: &Group| RelPath::new(group).is_ok_and(|group| group.is_within(dir));
+        self.scan.left().any(|dir| {
+            [true, false].iter().any(|is_dir| unit.contains(&self.group_of(dir, *is_dir))) || unit.iter().any(|group| above(dir, group))
+        })
     }
 
     /// Whether a file that goes in this unit has a new name elsewhere that is not there yet: a move made by link and unlink is one txn, too.

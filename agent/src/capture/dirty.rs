@@ -11,6 +11,8 @@ use twinbox_protocol::entry::Time;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::plan::{Hint, Seen};
 
+use super::origins::Origins;
+
 /// Name of a consistency group.
 pub type Group = Vec<u8>;
 
@@ -104,7 +106,7 @@ pub enum Pending {
 pub struct DirtySets {
     groups: BTreeMap<Group, GroupState>,
     joins: BTreeSet<(Group, Group)>,
-    origins: BTreeMap<RelPath, RelPath>,
+    origins: Origins,
     count: usize,
     round: u64,
     renames: u64,
@@ -493,7 +495,7 @@ impl DirtySets {
         if is_dir {
             self.move_below(from.1, to.1, to.0, now, group_of);
         }
-        self.move_origins(from.1, to.1);
+        self.origins.renamed(from.1, to.1);
         if from.0 != to.0 {
             self.joins.insert((from.0.to_vec(), to.0.to_vec()));
         }
@@ -527,22 +529,6 @@ impl DirtySets {
         if let Some(state) = self.groups.get_mut(name) {
             state.frozen = 0;
         }
-    }
-
-    /// What `to` and all below it has its rows where `from` had them.
-    fn move_origins(&mut self, from: &RelPath, to: &RelPath) {
-        let origin = self.origin(from);
-        if let Some((low, high)) = from.below() {
-            let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
-            let origins: Vec<RelPath> = self.origins.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
-            for path in origins {
-                if let (Some(origin), Some(new)) = (self.origins.remove(&path), path.rebase(from, to)) {
-                    self.origins.insert(new, origin);
-                }
-            }
-        }
-        self.origins.remove(from);
-        self.origins.insert(to.clone(), origin);
     }
 
     /// Everything dirty or captured below `from` is dirty below `to`; `group` is the one of `to`, with which all of it is cut.
@@ -585,27 +571,13 @@ impl DirtySets {
     /// Where the row of `path` is, before the renames seen since the last commit.
     #[must_use]
     pub fn origin(&self, path: &RelPath) -> RelPath {
-        if self.origins.is_empty() {
-            return path.clone();
-        }
-        let mut at = Some(path.clone());
-        while let Some(dir) = at {
-            if let Some(origin) = self.origins.get(&dir) {
-                return path.rebase(&dir, origin).unwrap_or_else(|| path.clone());
-            }
-            at = dir.parent();
-        }
-        path.clone()
+        self.origins.of(path)
     }
 
     /// Where what has its row at `origin` is by now: the other way round.
     #[must_use]
     pub fn now_at(&self, origin: &RelPath) -> RelPath {
-        if self.origins.is_empty() {
-            return origin.clone();
-        }
-        let moved = self.origins.iter().filter(|(_, from)| origin.is_within(from)).max_by_key(|(_, from)| from.as_bytes().len());
-        moved.and_then(|(to, from)| origin.rebase(from, to)).unwrap_or_else(|| origin.clone())
+        self.origins.now_at(origin)
     }
 
     /// Two groups must be cut together.
@@ -667,7 +639,7 @@ impl DirtySets {
         let mut left: Vec<Renamed> = self.groups.values().flat_map(|g| g.hints.iter().cloned()).collect();
         left.sort_by_key(|seen| seen.at);
         for Renamed { hint, .. } in left {
-            self.move_origins(&hint.from, &hint.to);
+            self.origins.renamed(&hint.from, &hint.to);
         }
         // A rename seen after the boundary is not in this cut: its groups are still to be cut together.
         self.joins.retain(|(a, b)| !names.contains(a) || self.groups.get(b).is_some_and(|g| !g.hints.is_empty()));

@@ -109,6 +109,11 @@ impl Scan {
         self.stack.is_empty() && self.open.is_none()
     }
 
+    /// Directories that are still to be compared, with what is below them.
+    pub(super) fn left(&self) -> impl Iterator<Item = &RelPath> {
+        self.stack.iter().chain(self.open.iter().map(|open| &open.dir))
+    }
+
     pub(super) fn looked_at(&self) -> u64 {
         self.looked_at
     }

@@ -321,7 +321,11 @@ async fn send_objects(mirror: &str, connection: &quinn::Connection, mut objects:
                 let Some((stream, compressor)) = open.get_mut(&id) else { continue };
                 let end = matches!(item, BulkItem::End { .. });
                 compressor.frame(&twinbox_protocol::codec::encode(&item))?;
-                stream.write_all(&compressor.flush()?).await?;
+                match stream.write_all(&compressor.flush()?).await {
+                    // It had read the end before the last bytes of the frame were written.
+                    Err(quinn::WriteError::Stopped(_)) if end => {}
+                    other => other?,
+                }
                 if end {
                     let _ = stream.finish();
                     open.remove(&id);
