@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
 use twinbox_protocol::digest::DigestKey;
 use twinbox_protocol::ids::{Epoch, Generation, Incarnation, Lsn, MirrorId};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_resync::node::{MirrorState as History, NodeState, Role};
 use twinbox_resync::schema::StateError;
 
@@ -235,7 +236,7 @@ impl Roles {
                             let history = History {
                                 mirror_id: MirrorId(random()?),
                                 role: Role::Primary,
-                                generation: Generation(random()?),
+                                lineage: Lineage::begin(Generation(random()?), node),
                                 epoch: Epoch(1),
                                 digest_key: DigestKey(random()?),
                                 reserved: Lsn::ZERO,
@@ -482,7 +483,7 @@ fn primary_status(primary: &Primary) -> MirrorStatus {
         layout: primary.spec.layout.clone(),
         root: primary.spec.root.display().to_string(),
         epoch: primary.history.epoch.0,
-        generation: primary.history.generation.to_string(),
+        generation: primary.history.lineage.generation().to_string(),
         lsn: Lsns { captured: now.lsn.0.0, durable: now.lsn.1.0, applied: now.lsn.2.0 },
         lag_ms: Some(now.lag_ms),
         bound_ms: now.bound_ms,
@@ -548,7 +549,7 @@ fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatu
         layout: replica.spec.layout.clone(),
         root: replica.spec.root.display().to_string(),
         epoch: history.as_ref().map_or(0, |h| h.epoch.0),
-        generation: history.map_or_else(String::new, |h| h.generation.to_string()),
+        generation: history.map_or_else(String::new, |h| h.lineage.generation().to_string()),
         lsn: Lsns { captured: now.durable.lsn.0, durable: now.durable.lsn.0, applied: now.applied.0 },
         lag_ms: None,
         bound_ms: None,

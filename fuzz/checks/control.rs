@@ -28,8 +28,8 @@ fn greetings(data: &[u8]) -> Option<()> {
     match (&verdict, &welcome.replica) {
         (Verdict::Refuse { why }, _) => assert!(!why.to_string().is_empty()),
         (Verdict::FirstSync, Replica::Empty) | (Verdict::PullAll { .. }, Replica::Adopted { .. }) => {}
-        (agreed, Replica::Holds { generation, position, digest, chain_at_yours, .. }) => {
-            assert_eq!(*generation, hello.generation, "{agreed:?} across histories");
+        (agreed, Replica::Holds { lineage, position, digest, chain_at_yours, .. }) => {
+            assert!(hello.lineage.terms().iter().any(|term| term.generation == lineage.generation()), "{agreed:?} across histories");
             match agreed {
                 Verdict::Continue => assert!(*position == hello.position && *digest == hello.digest),
                 Verdict::PullSince(since) => {

@@ -2,6 +2,7 @@
 //! a wrong agreement costs mail.
 
 use crate::ids::Lsn;
+use crate::lineage::{Relation, Side, relate};
 use crate::msg::{Hello, Replica, Welcome};
 
 /// What the primary does next.
@@ -55,6 +56,16 @@ pub enum Refusal {
         /// Theirs.
         theirs: crate::ids::Generation,
     },
+    /// The standby knows of a promotion that this node does not.
+    #[error(
+        "the standby follows a newer history (its generation {theirs}, ours {ours}): this node is not the primary any more; nothing was changed on either side"
+    )]
+    Superseded {
+        /// Ours.
+        ours: crate::ids::Generation,
+        /// Theirs.
+        theirs: crate::ids::Generation,
+    },
     /// Same generation and position, other log.
     #[error(
         "both nodes are at LSN {at} of the same generation with different logs: one was restored from a copy; nothing was changed on either side"
@@ -74,13 +85,23 @@ pub fn compare(hello: &Hello, welcome: &Welcome) -> Verdict {
     if welcome.chunker != hello.chunker {
         return Verdict::Refuse { why: Refusal::Chunker { ours: hello.chunker.clone(), theirs: welcome.chunker.clone() } };
     }
-    let (generation, position, digest, chain_at_ours) = match &welcome.replica {
+    let (lineage, epoch, position, digest, chain_at_ours) = match &welcome.replica {
         Replica::Empty => return Verdict::FirstSync,
         Replica::Adopted { .. } => return Verdict::PullAll { why: "the standby adopted files it already had" },
-        Replica::Holds { generation, position, digest, chain_at_yours, .. } => (generation, position, digest, chain_at_yours),
+        Replica::Holds { lineage, epoch, position, digest, chain_at_yours } => (lineage, *epoch, position, digest, chain_at_yours),
     };
-    if *generation != hello.generation {
-        return Verdict::Refuse { why: Refusal::OtherGeneration { ours: hello.generation, theirs: *generation } };
+    let ours = Side { lineage: &hello.lineage, epoch: hello.epoch, position: hello.position };
+    let (ids, relation) = ((hello.lineage.generation(), lineage.generation()), relate(ours, Side { lineage, epoch, position: *position }));
+    match relation {
+        Relation::Same | Relation::Ahead => {}
+        // Not by a promotion: they are terms of ours that we do not remember.
+        Relation::Behind if epoch == hello.epoch => {
+            return Verdict::PullAll { why: "the standby follows a newer history of this node, whose memory was put back from a copy" };
+        }
+        Relation::Behind => return Verdict::Refuse { why: Refusal::Superseded { ours: ids.0, theirs: ids.1 } },
+        Relation::Forked { .. } | Relation::Unrelated => {
+            return Verdict::Refuse { why: Refusal::OtherGeneration { ours: ids.0, theirs: ids.1 } };
+        }
     }
     if position.lsn == hello.position.lsn {
         return if position.chain != hello.position.chain {
@@ -106,6 +127,7 @@ mod tests {
     use super::*;
     use crate::digest::{Digest, DigestKey};
     use crate::ids::{ChainHash, Epoch, Generation, Incarnation, MirrorId};
+    use crate::lineage::{Lineage, Term};
     use crate::msg::Position;
 
     fn at(lsn: u64, chain: u8) -> Position {
@@ -119,7 +141,7 @@ mod tests {
             node: "a".into(),
             mirror: "m".into(),
             mirror_id: MirrorId([0; 16]),
-            generation: Generation([1; 16]),
+            lineage: Lineage::begin(Generation([1; 16]), "a"),
             epoch: Epoch(1),
             incarnation: Incarnation([2; 16]),
             position: at(10, 1),
@@ -145,7 +167,7 @@ mod tests {
 
     fn holds(generation: u8, position: Position, digest: u64, chain_at_yours: Option<u8>) -> Replica {
         Replica::Holds {
-            generation: Generation([generation; 16]),
+            lineage: Lineage::begin(Generation([generation; 16]), "a"),
             epoch: Epoch(1),
             position,
             digest: Digest([digest; 4]),
@@ -166,6 +188,25 @@ mod tests {
         assert!(matches!(case(holds(1, at(12, 5), 1, None)), Verdict::PullAll { .. }));
         assert!(matches!(case(holds(1, at(9, 5), 1, None)), Verdict::PullAll { .. }));
         let refused = case(holds(2, at(10, 1), 1, Some(1)));
+        assert!(matches!(refused, Verdict::Refuse { why: Refusal::OtherGeneration { .. } }), "{refused:?}");
+        let term = |start| Term { generation: Generation([3; 16]), epoch: Epoch(2), node: "b".into(), start };
+        let begun = |mut replica: Replica, start| {
+            if let Replica::Holds { lineage, .. } = &mut replica {
+                lineage.mint(term(start));
+            }
+            replica
+        };
+        assert!(matches!(case(begun(holds(1, at(10, 1), 1, Some(1)), at(10, 1))), Verdict::PullAll { .. }));
+        let mut newer = begun(holds(1, at(10, 1), 1, Some(1)), at(10, 1));
+        if let Replica::Holds { epoch, .. } = &mut newer {
+            *epoch = Epoch(2);
+        }
+        let refused = case(newer);
+        assert!(matches!(refused, Verdict::Refuse { why: Refusal::Superseded { .. } }), "{refused:?}");
+        let mut promoted = hello();
+        promoted.lineage.mint(term(at(10, 1)));
+        assert_eq!(compare(&promoted, &welcome(holds(1, at(10, 1), 1, Some(1)))), Verdict::Continue);
+        let refused = compare(&promoted, &welcome(holds(1, at(12, 5), 1, Some(1))));
         assert!(matches!(refused, Verdict::Refuse { why: Refusal::OtherGeneration { .. } }), "{refused:?}");
         let mut other = welcome(Replica::Empty);
         other.protocol = 2;

@@ -2,7 +2,7 @@
 //!
 //! Sans-I/O: no sockets, no clock, no files, no randomness. `ls` shows the dataflow: [`ids`] and [`path`] are the vocabulary,
 //! [`entry`] says what a path holds, [`content`] names bytes, [`chunk`] finds what changed in large files, [`ops`] is the log's
-//! language, [`outbox`] numbers and chains it, [`msg`] and [`codec`] carry it, [`hello`] compares two nodes' memories.
+//! language, [`outbox`] numbers and chains it, [`msg`] and [`codec`] carry it, [`lineage`] and [`hello`] compare two nodes' memories.
 
 mod bounded;
 pub mod chunk;
@@ -12,6 +12,7 @@ pub mod digest;
 pub mod entry;
 pub mod hello;
 pub mod ids;
+pub mod lineage;
 pub mod msg;
 pub mod ops;
 pub mod outbox;
@@ -19,4 +20,5 @@ pub mod path;
 
 /// Version of the wire protocol. Peers with another one are refused with both numbers named.
 /// - 1: first version.
-pub const PROTOCOL_VERSION: u32 = 1;
+/// - 2: histories travel with the hello.
+pub const PROTOCOL_VERSION: u32 = 2;

@@ -8,7 +8,8 @@ use serde_bytes::ByteBuf;
 
 use crate::digest::{Digest, DigestKey};
 use crate::entry::Entry;
-use crate::ids::{ChainHash, ContentHash, Epoch, Generation, Incarnation, Lsn, MirrorId};
+use crate::ids::{ChainHash, ContentHash, Epoch, Incarnation, Lsn, MirrorId};
+use crate::lineage::Lineage;
 use crate::path::RelPath;
 
 /// Most rows in one message. A row of two bytes takes near a hundred times that in memory, so a peer is held to it.
@@ -48,8 +49,8 @@ pub struct Hello {
     /// Which mirror, by id.
     pub mirror_id: MirrorId,
     /// History it writes.
-    pub generation: Generation,
-    /// Its number.
+    pub lineage: Lineage,
+    /// Promotions it knows of.
     pub epoch: Epoch,
     /// This run of the agent.
     pub incarnation: Incarnation,
@@ -80,8 +81,8 @@ pub enum Replica {
     /// A replica of this mirror.
     Holds {
         /// History it follows.
-        generation: Generation,
-        /// Its number.
+        lineage: Lineage,
+        /// Promotions it knows of.
         epoch: Epoch,
         /// Durable position.
         position: Position,

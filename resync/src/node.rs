@@ -5,18 +5,24 @@
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OptionalExtension, params};
+use twinbox_protocol::codec;
 use twinbox_protocol::digest::DigestKey;
 use twinbox_protocol::ids::{Epoch, Generation, Lsn, MirrorId};
+use twinbox_protocol::lineage::Lineage;
 
 use crate::schema::{self, StateError};
 
 const ADVICE: &str = "restore it from a backup, or move the whole state directory aside and set the node up again with `twinbox init`, `twinbox pair` and `--adopt`; the mail store itself is not affected";
 
-const MIGRATIONS: &[&str] = &["CREATE TABLE node (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+const MIGRATIONS: &[&str] = &[
+    "CREATE TABLE node (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
      CREATE TABLE mirror (
         name TEXT PRIMARY KEY, mirror_id BLOB NOT NULL, role TEXT NOT NULL, generation BLOB NOT NULL,
         epoch INTEGER NOT NULL, digest_key BLOB NOT NULL, reserved INTEGER NOT NULL, complete INTEGER NOT NULL
-     ) WITHOUT ROWID;"];
+     ) WITHOUT ROWID;",
+    // Version 2: the whole history, not only its newest generation.
+    "ALTER TABLE mirror ADD COLUMN lineage BLOB;",
+];
 
 /// Role of a node for one mirror.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,8 +83,8 @@ pub struct MirrorState {
     /// Role here.
     pub role: Role,
     /// History followed or written.
-    pub generation: Generation,
-    /// Its number.
+    pub lineage: Lineage,
+    /// Promotions known of: one more than the newest term's when this node was promoted and nothing has changed since.
     pub epoch: Epoch,
     /// Key of the mirror's digests.
     pub digest_key: DigestKey,
@@ -131,14 +137,21 @@ impl NodeState {
     /// [`StateError`].
     pub fn mirror(&self, name: &str) -> Result<Option<MirrorState>, StateError> {
         let row = self.db.query_row(
-            "SELECT mirror_id, role, generation, epoch, digest_key, reserved, complete FROM mirror WHERE name = ?1",
+            "SELECT mirror_id, role, generation, epoch, digest_key, reserved, complete, lineage FROM mirror WHERE name = ?1",
             [name],
             |row| {
                 let role: String = row.get(1)?;
+                let terms: Option<Vec<u8>> = row.get(7)?;
+                let lineage = match terms {
+                    Some(bytes) => codec::decode(&bytes, codec::CONTROL_MAX)
+                        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(7, rusqlite::types::Type::Blob, Box::new(error)))?,
+                    // Of a version that knew one generation only.
+                    None => Lineage::begin(Generation(row.get(2)?), ""),
+                };
                 Ok(MirrorState {
                     mirror_id: MirrorId(row.get(0)?),
                     role: if role == "primary" { Role::Primary } else { Role::Standby },
-                    generation: Generation(row.get(2)?),
+                    lineage,
                     epoch: Epoch(row.get::<_, i64>(3)? as u64),
                     digest_key: DigestKey(row.get(4)?),
                     reserved: Lsn(row.get::<_, i64>(5)? as u64),
@@ -155,17 +168,30 @@ impl NodeState {
     /// [`StateError`].
     pub fn set_mirror(&self, name: &str, state: &MirrorState) -> Result<(), StateError> {
         let done = self.db.execute(
-            "INSERT OR REPLACE INTO mirror (name, mirror_id, role, generation, epoch, digest_key, reserved, complete) VALUES (?1,?2,?3,?4,?5,?6,?7,?8)",
+            "INSERT OR REPLACE INTO mirror (name, mirror_id, role, generation, epoch, digest_key, reserved, complete, lineage) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)",
             params![
                 name,
                 state.mirror_id.0,
                 state.role.as_str(),
-                state.generation.0,
+                state.lineage.generation().0,
                 state.epoch.0 as i64,
                 state.digest_key.0,
                 state.reserved.0 as i64,
-                state.complete
+                state.complete,
+                codec::encode(&state.lineage)
             ],
+        );
+        self.sorted(done).map(|_| ())
+    }
+
+    /// Notes which history a mirror follows; durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn set_lineage(&self, name: &str, lineage: &Lineage, epoch: Epoch) -> Result<(), StateError> {
+        let done = self.db.execute(
+            "UPDATE mirror SET lineage = ?2, generation = ?3, epoch = ?4 WHERE name = ?1",
+            params![name, codec::encode(lineage), lineage.generation().0, epoch.0 as i64],
         );
         self.sorted(done).map(|_| ())
     }

@@ -187,6 +187,10 @@ pub(super) struct Engine {
     pub(super) halves: BTreeMap<u32, HalfRename>,
     pub(super) scan: Scan,
     pub(super) session: Option<Session>,
+    /// A session is being opened: the standby is told of the history as it was when that began.
+    pub(super) greeting: bool,
+    /// The standby follows the newest term of our history.
+    pub(super) accepted: bool,
     pub(super) complete: bool,
     /// `complete` was taken back and that is not stored yet: nothing may be shipped before.
     pub(super) unsaved_incomplete: bool,
@@ -297,6 +301,7 @@ impl Engine {
             // After an orderly stop the mail server may have gone on, and have lost power then: new bytes can be under old times.
             manifest.distrust_in_place().map_err(|e| manifest.state_error(&e))?;
         }
+        let accepted = node.value(&super::session::accepted_key(&config.name))? == Some(config.known.lineage.generation().to_string());
         let disk = LocalDisk::start(&root, NodeState::open(&config.state_dir)?, &config.name, &boot, position.lsn, &path)?;
         let outbox = Outbox::new(position, config.known.reserved);
         let watch = Watch::new(root.fd(), &cookie_parent(&config.mirror_dir))?;
@@ -315,6 +320,8 @@ impl Engine {
             halves: BTreeMap::new(),
             scan: Scan::default(),
             session: None,
+            greeting: false,
+            accepted,
             unsaved_incomplete: false,
             compare: true,
             collapsed: false,
@@ -375,6 +382,7 @@ impl Engine {
             let scanned = self.scan_some()?;
             self.note_listed();
             self.timers()?;
+            self.mint_when_alone()?;
             let cut = self.round()?;
             self.pulse.enter(Stage::Commit);
             self.finish_first_sync()?;

@@ -87,7 +87,7 @@ impl Rig {
         let replica = match self.session {
             0 => Replica::Empty,
             _ => Replica::Holds {
-                generation: hello.generation,
+                lineage: hello.lineage.clone(),
                 epoch: hello.epoch,
                 position: hello.position,
                 digest: self.replica.digest(),
@@ -152,6 +152,7 @@ impl Rig {
         engine.scan_some().unwrap();
         engine.note_listed();
         engine.timers().unwrap();
+        engine.mint_when_alone().unwrap();
         engine.round().unwrap();
         engine.finish_first_sync().unwrap();
         engine.answer_waiters().unwrap();
@@ -736,7 +737,7 @@ fn a_pull_the_standby_never_heard_the_end_of_is_no_other_history() {
         let hello = answer.try_recv().unwrap();
         let (position, digest) = stands.unwrap_or((hello.position, Digest([7; 4])));
         let chain_at_yours = (hello.position == position).then_some(position.chain);
-        let replica = Replica::Holds { generation: hello.generation, epoch: hello.epoch, position, digest, chain_at_yours };
+        let replica = Replica::Holds { lineage: hello.lineage.clone(), epoch: hello.epoch, position, digest, chain_at_yours };
         let incarnation = Incarnation([5; 16]);
         let (protocol, chunker) = (hello.protocol, hello.chunker);
         let welcome = Welcome { protocol, software: String::new(), node: "b".into(), incarnation, chunker, replica, wall_ns: 0 };
@@ -960,4 +961,78 @@ fn an_inode_number_used_again_joins_nothing() {
     rig.stage = true;
     rig.settle();
     rig.check();
+}
+
+/// A term begins at the first change that the standby may lack, one at each loss of it, and the standby is told.
+#[test]
+fn what_is_changed_while_the_standby_is_lost_begins_a_term() {
+    let mut rig = Rig::new();
+    let terms = |rig: &Rig| {
+        let stored = rig.engine.node.mirror("m").unwrap().unwrap();
+        assert_eq!(stored.lineage, rig.engine.config.known.lineage, "what is minted is stored");
+        stored.lineage.terms().len()
+    };
+    fs::write(rig.root.join("before"), b"1").unwrap();
+    rig.turn();
+    assert_eq!(terms(&rig), 1, "there was no standby to lose");
+    rig.connect();
+    rig.until("in sync", |r| r.engine.complete);
+    rig.disconnect();
+    (0..3).for_each(|_| rig.turn());
+    assert_eq!(terms(&rig), 1, "nothing was changed");
+    let position = rig.engine.view.manifest().position().unwrap();
+    fs::write(rig.root.join("alone"), b"1").unwrap();
+    rig.until("a term", |r| terms(r) == 2);
+    assert_eq!(rig.engine.config.known.lineage.last().start, position);
+    fs::write(rig.root.join("alone"), b"2").unwrap();
+    (0..3).for_each(|_| rig.turn());
+    assert_eq!(terms(&rig), 2, "nobody has heard of the second one yet");
+    rig.connect();
+    fs::write(rig.root.join("together"), b"1").unwrap();
+    (0..3).for_each(|_| rig.turn());
+    assert_eq!(terms(&rig), 2);
+    rig.disconnect();
+    fs::write(rig.root.join("alone"), b"3").unwrap();
+    rig.until("another term", |r| terms(r) == 3);
+}
+
+/// A change that comes while a session is being opened is shipped in it: the standby was told of the history as it was before.
+#[test]
+fn no_term_begins_while_a_session_is_being_opened() {
+    let mut rig = Rig::new();
+    rig.connect();
+    rig.until("in sync", |r| r.engine.complete);
+    rig.disconnect();
+    let (reply, _answer) = oneshot::channel();
+    rig.engine.command(Command::Hello(reply)).unwrap();
+    fs::write(rig.root.join("meanwhile"), b"1").unwrap();
+    (0..3).for_each(|_| rig.turn());
+    assert_eq!(rig.engine.config.known.lineage.terms().len(), 1);
+    // It came to nothing.
+    rig.engine.command(Command::Down(77)).unwrap();
+    rig.turn();
+    assert_eq!(rig.engine.config.known.lineage.terms().len(), 2);
+}
+
+/// Somebody makes folders in one mailbox all the time: the others do not wait for those to be compared.
+#[test]
+fn a_group_is_cut_while_another_is_being_compared() {
+    let mut rig = Rig::new();
+    fs::create_dir(rig.root.join("a")).unwrap();
+    fs::create_dir(rig.root.join("b")).unwrap();
+    rig.connect();
+    rig.until("in sync", |r| r.engine.complete);
+    let (busy, mut calls) = (rig.root.join("b"), 0);
+    rig.engine.meanwhile = Some(Box::new(move || {
+        calls += 1;
+        if calls % 3 == 0 {
+            fs::create_dir(busy.join(calls.to_string())).unwrap();
+        }
+    }));
+    fs::write(rig.root.join("a/mail"), b"1").unwrap();
+    for _ in 0..100 {
+        rig.turn();
+    }
+    rig.engine.meanwhile = None;
+    assert!(rig.replica.row(&p("a/mail")).unwrap().is_some(), "never cut");
 }

@@ -11,6 +11,7 @@ use twinbox_protocol::digest::Digest;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::hello::{Refusal, Verdict, compare};
 use twinbox_protocol::ids::{ChainHash, ContentHash, Generation, Lsn};
+use twinbox_protocol::lineage::{Relation, Side, Term, relate};
 use twinbox_protocol::msg::{Hello, Position, Replica, Welcome};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
@@ -49,7 +50,43 @@ fn fresh_start(generation: Generation, lsn: Lsn, digest: Digest) -> Position {
     Position { lsn, chain: ChainHash(*hasher.finalize().as_bytes()) }
 }
 
+/// Where `state.db` keeps which generation the standby follows.
+pub(super) fn accepted_key(mirror: &str) -> String {
+    format!("accepted:{mirror}")
+}
+
 impl Engine {
+    /// What is changed while the standby is lost, nobody else has: a term of its own begins, so that it can never look like "merely behind".
+    pub(super) fn mint_when_alone(&mut self) -> Result<(), CaptureError> {
+        let alone = self.session.is_none() && !self.greeting && self.complete && self.accepted;
+        let changed = || self.collapsed || self.sets.dirty_count() > 0 || self.outbox.in_flight().next().is_some();
+        if alone && changed() { self.mint() } else { Ok(()) }
+    }
+
+    /// Begins a term; durable when it returns.
+    fn mint(&mut self) -> Result<(), CaptureError> {
+        let manifest = self.view.manifest();
+        let mut generation = [0; 16];
+        rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
+        let known = &mut self.config.known;
+        known.lineage.mint(Term {
+            generation: Generation(generation),
+            epoch: known.epoch,
+            node: self.config.node.clone(),
+            start: manifest.position().map_err(|e| manifest.state_error(&e))?,
+        });
+        self.accepted = false;
+        Ok(self.node.set_lineage(&self.config.name, &known.lineage, known.epoch)?)
+    }
+
+    /// The standby follows our history from now on.
+    fn accept(&mut self) -> Result<(), CaptureError> {
+        if !std::mem::replace(&mut self.accepted, true) {
+            self.node.set_value(&accepted_key(&self.config.name), &self.config.known.lineage.generation().to_string())?;
+        }
+        Ok(())
+    }
+
     pub(super) fn command(&mut self, command: Command) -> Result<(), CaptureError> {
         match command {
             Command::Hello(reply) => {
@@ -66,6 +103,8 @@ impl Engine {
             }
             Command::Up { id, out, bulk, peer } => {
                 tracing::info!(mirror = %self.config.name, peer, lsn = %self.outbox.last().lsn, "standby connected");
+                self.greeting = false;
+                self.accept()?;
                 self.session = Some(Session { id, old_jobs: self.bulk.last_id(), out, bulk, heard: Instant::now() });
                 self.collapsed = false;
                 // The standby applied all it had before it answered our hello.
@@ -78,7 +117,10 @@ impl Engine {
                     self.scan.push(RelPath::root());
                 }
             }
-            Command::Down(id) => self.down(Some(id)),
+            Command::Down(id) => {
+                self.greeting = false;
+                self.down(Some(id));
+            }
             Command::Durable(lsn) => {
                 self.heard();
                 self.handle_durable(lsn)?;
@@ -125,6 +167,11 @@ impl Engine {
 
     fn hello(&mut self) -> Result<Hello, CaptureError> {
         self.down(None);
+        self.greeting = true;
+        if self.config.known.epoch > self.config.known.lineage.last().epoch {
+            // Promoted: what is shipped from here on is this node's.
+            self.mint()?;
+        }
         let manifest = self.view.manifest();
         let known = &self.config.known;
         Ok(Hello {
@@ -133,7 +180,7 @@ impl Engine {
             node: self.config.node.clone(),
             mirror: self.config.name.clone(),
             mirror_id: known.mirror_id,
-            generation: known.generation,
+            lineage: known.lineage.clone(),
             epoch: known.epoch,
             incarnation: self.config.incarnation,
             position: manifest.position().map_err(|e| manifest.state_error(&e))?,
@@ -145,19 +192,35 @@ impl Engine {
         })
     }
 
+    /// How our history relates to the standby's; `Behind` only where it knows terms of our own that we do not.
+    fn relation(&self, welcome: &Welcome) -> Result<Relation, CaptureError> {
+        let Replica::Holds { lineage, epoch, position, .. } = &welcome.replica else { return Ok(Relation::Unrelated) };
+        let (manifest, known) = (self.view.manifest(), &self.config.known);
+        let ours = manifest.position().map_err(|e| manifest.state_error(&e))?;
+        let relation = relate(
+            Side { lineage: &known.lineage, epoch: known.epoch, position: ours },
+            Side { lineage, epoch: *epoch, position: *position },
+        );
+        Ok(if relation == Relation::Behind && *epoch != known.epoch { Relation::Unrelated } else { relation })
+    }
+
     fn welcome(&mut self, welcome: &Welcome) -> Result<Result<Step, Refusal>, CaptureError> {
         self.pull = None;
-        let generation = self.config.known.generation;
-        if let Replica::Holds { generation: theirs, position, .. } = &welcome.replica
-            && *theirs == generation
+        let relation = self.relation(welcome)?;
+        if let (Replica::Holds { position, .. }, Relation::Same | Relation::Ahead | Relation::Behind) = (&welcome.replica, relation)
             && position.lsn >= self.outbox.next_lsn()
         {
             // A run begins above every number reserved before it, so that one was issued after the copy was made. The store may be as old: to be healed first.
             self.disk.distrust(&self.node)?;
             return Err(CaptureError::OlderState { ours: Lsn(self.outbox.next_lsn().0 - 1), theirs: position.lsn });
         }
-        if let Replica::Holds { generation: theirs, position, .. } = &welcome.replica
-            && *theirs == generation
+        if let (Replica::Holds { lineage, .. }, Relation::Behind) = (&welcome.replica, relation) {
+            // The terms are our own, and the state that knew them was put back from a copy.
+            self.config.known.lineage = lineage.clone();
+            self.node.set_lineage(&self.config.name, lineage, self.config.known.epoch)?;
+        }
+        let generation = self.config.known.lineage.generation();
+        if let (Replica::Holds { position, .. }, Relation::Same | Relation::Ahead) = (&welcome.replica, relation)
             && self.outbox.in_flight().any(|f| f.position == *position)
         {
             // Its last acknowledgements were lost on the way.
@@ -303,7 +366,7 @@ impl Engine {
         let reset = pull.since.is_none();
         let from = if reset {
             // Past where the standby is: should it never hear of this, it is behind then, and not at the same LSN with another log.
-            fresh_start(self.config.known.generation, self.outbox.next_lsn().max(position.lsn.next()), digest)
+            fresh_start(self.config.known.lineage.generation(), self.outbox.next_lsn().max(position.lsn.next()), digest)
         } else {
             position
         };

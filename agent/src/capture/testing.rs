@@ -7,6 +7,7 @@ use std::sync::mpsc::channel;
 use rustix::event::{EventfdFlags, eventfd};
 use twinbox_protocol::digest::DigestKey;
 use twinbox_protocol::ids::{Epoch, Generation, Incarnation, Lsn, MirrorId};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{Replica, Welcome};
 use twinbox_resync::node::{MirrorState, NodeState, Role};
 
@@ -19,7 +20,7 @@ pub(super) fn history() -> MirrorState {
     MirrorState {
         mirror_id: MirrorId([1; 16]),
         role: Role::Primary,
-        generation: Generation([2; 16]),
+        lineage: Lineage::begin(Generation([2; 16]), "a"),
         epoch: Epoch(1),
         digest_key: DigestKey([3; 32]),
         reserved: Lsn::ZERO,

@@ -193,7 +193,7 @@ async fn a_restart_finds_what_happened_meanwhile_and_ships_nothing_else() {
     let handle = world.start();
     let hello = handle.ask(Command::Hello).await.unwrap();
     let holds = Replica::Holds {
-        generation: hello.generation,
+        lineage: hello.lineage.clone(),
         epoch: hello.epoch,
         position: hello.position,
         digest: world.replica.lock().unwrap().digest(),

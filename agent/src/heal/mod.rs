@@ -257,7 +257,7 @@ impl Job {
             node: self.node.clone(),
             mirror: self.spec.name.clone(),
             mirror_id: self.history.mirror_id,
-            generation: self.history.generation,
+            lineage: self.history.lineage.clone(),
             epoch: self.history.epoch,
             incarnation: Incarnation(crate::roles::random()?),
             position: known.map_or(Position::START, |(_, position)| *position),

@@ -6,6 +6,7 @@ use serde_bytes::ByteBuf;
 use twinbox_protocol::digest::{Digest, DigestKey};
 use twinbox_protocol::entry::Kind;
 use twinbox_protocol::ids::{ChainHash, Epoch, Generation, Incarnation, MirrorId};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{Replica, Welcome};
 
 use super::*;
@@ -18,7 +19,7 @@ fn hello() -> Hello {
         node: "a".into(),
         mirror: "m".into(),
         mirror_id: MirrorId([1; 16]),
-        generation: Generation([2; 16]),
+        lineage: Lineage::begin(Generation([2; 16]), "a"),
         epoch: Epoch(1),
         incarnation: Incarnation([3; 16]),
         position: Position::START,
@@ -32,7 +33,7 @@ fn hello() -> Hello {
 
 fn welcome(generation: u8) -> ToPrimary {
     let replica = Replica::Holds {
-        generation: Generation([generation; 16]),
+        lineage: Lineage::begin(Generation([generation; 16]), "a"),
         epoch: Epoch(1),
         position: Position { lsn: Lsn(9), chain: ChainHash([9; 32]) },
         digest: Digest::default(),

@@ -738,7 +738,7 @@ fn need_follows_the_mark() {
     let mut history = MirrorState {
         mirror_id: twinbox_protocol::ids::MirrorId([1; 16]),
         role: Role::Primary,
-        generation: twinbox_protocol::ids::Generation([2; 16]),
+        lineage: twinbox_protocol::lineage::Lineage::begin(twinbox_protocol::ids::Generation([2; 16]), "a"),
         epoch: twinbox_protocol::ids::Epoch(1),
         digest_key: twinbox_protocol::digest::DigestKey([3; 32]),
         reserved: Lsn(100),

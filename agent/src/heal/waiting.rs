@@ -92,7 +92,7 @@ fn status(job: &Job, message: String, done: Option<&Done>) -> MirrorStatus {
         layout: job.spec.layout.clone(),
         root: job.spec.root.display().to_string(),
         epoch: job.history.epoch.0,
-        generation: job.history.generation.to_string(),
+        generation: job.history.lineage.generation().to_string(),
         lsn: Lsns::default(),
         lag_ms: None,
         bound_ms: None,

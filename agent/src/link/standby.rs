@@ -13,7 +13,8 @@ use twinbox_protocol::PROTOCOL_VERSION;
 use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::codec::{CONTROL_MAX, LOG_FRAME_MAX, decode};
 use twinbox_protocol::ids::Incarnation;
-use twinbox_protocol::msg::{BulkItem, Hello, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
+use twinbox_protocol::lineage::{Relation, Side, relate};
+use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 use twinbox_resync::node::{MirrorState, NodeState, Role};
 
 use super::zstream::Expander;
@@ -216,7 +217,7 @@ impl Server {
                             }
                         }
                         ToStandby::Begin { from, reset } if session.is_none() => {
-                            if reset {
+                            if reset || self.is_longer(&hello)? {
                                 self.adopt_history(&hello, served)?;
                             }
                             let begun = served.handle.begin(from, reset, out.clone()).await?;
@@ -281,11 +282,27 @@ impl Server {
                     format!("node `{}` is itself primary of mirror `{}`; two primaries are never joined", self.node, hello.mirror);
                 return Err((RefuseCode::Diverged, message));
             }
-            if state.generation != hello.generation {
-                let why = format!(
+            let relation = relation(state, hello);
+            let why = match relation {
+                Relation::Same | Relation::Ahead => None,
+                // Terms of that primary itself, which its state does not remember: it will see.
+                Relation::Behind if hello.epoch == state.epoch => None,
+                Relation::Behind => Some(format!(
+                    "the replica on node `{}` follows a newer history (generation {}) than the primary `{}` writes ({}): that node is not the primary any more; nothing was changed",
+                    self.node,
+                    state.lineage.generation(),
+                    hello.node,
+                    hello.lineage.generation()
+                )),
+                Relation::Forked { .. } | Relation::Unrelated => Some(format!(
                     "the replica on node `{}` follows generation {}, the primary `{}` writes {}: histories differ, nothing was changed",
-                    self.node, state.generation, hello.node, hello.generation
-                );
+                    self.node,
+                    state.lineage.generation(),
+                    hello.node,
+                    hello.lineage.generation()
+                )),
+            };
+            if let Some(why) = why {
                 if let Ok(mut seen) = served.seen.lock() {
                     seen.diverged = Some(why.clone());
                 }
@@ -295,6 +312,12 @@ impl Server {
         served.handle.replica(hello).await.map_err(|refusal| (refusal.code, refusal.message))
     }
 
+    /// Whether a primary's history goes on from the one known here.
+    fn is_longer(&self, hello: &Hello) -> Result<bool, ServeError> {
+        let known = NodeState::open(&self.state_dir)?.mirror(&hello.mirror)?;
+        Ok(known.is_some_and(|known| relation(&known, hello) == Relation::Ahead || known.epoch < hello.epoch))
+    }
+
     /// The replica is this primary's from now on: remember its history before anything of it is written.
     fn adopt_history(&self, hello: &Hello, served: &Served) -> Result<(), ServeError> {
         let node = NodeState::open(&self.state_dir)?;
@@ -302,16 +325,23 @@ impl Server {
         let state = MirrorState {
             mirror_id: hello.mirror_id,
             role: Role::Standby,
-            generation: hello.generation,
+            lineage: hello.lineage.clone(),
             epoch: hello.epoch,
             digest_key: hello.digest_key,
             reserved: known.as_ref().map_or_else(Default::default, |s| s.reserved),
             complete: known.is_some_and(|s| s.complete),
         };
         node.set_mirror(&hello.mirror, &state)?;
-        served.handle.follow(state.generation, state.epoch);
+        served.handle.follow(state.lineage, state.epoch);
         Ok(())
     }
+}
+
+/// How a primary's history relates to the one known here.
+fn relation(known: &MirrorState, hello: &Hello) -> Relation {
+    // Which of the contents of a term a node has is the standby's to say: here it is only which terms.
+    let theirs = Side { lineage: &hello.lineage, epoch: hello.epoch, position: Position::START };
+    relate(theirs, Side { lineage: &known.lineage, epoch: known.epoch, position: Position::START })
 }
 
 /// One log or bulk stream.

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use rustix::fs as rfs;
 use tokio::sync::oneshot;
 use twinbox_protocol::entry::Entry;
-use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Lsn};
+use twinbox_protocol::ids::{ContentHash, Epoch, Lsn};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{Hello, NAMES_MAX, Position, RefuseCode, Replica as Holding, ToPrimary};
 use twinbox_protocol::ops::{Content, FLAG_INITIAL, Op, Seal};
 use twinbox_protocol::path::RelPath;
@@ -68,7 +69,7 @@ pub(super) enum Cmd {
     /// Something changed that a wait may depend on.
     Wake,
     /// This node follows that history.
-    Follow(Generation, Epoch),
+    Follow(Box<Lineage>, Epoch),
     /// Apply what is durable, checkpoint, end.
     Stop,
 }
@@ -83,7 +84,7 @@ pub(super) struct Applier {
     pub(super) trees: Trees,
     pub(super) adopting: bool,
     pub(super) adopting_mark: PathBuf,
-    pub(super) known: Option<(Generation, Epoch)>,
+    pub(super) known: Option<(Lineage, Epoch)>,
     pub(super) redo_dir: PathBuf,
     pub(super) applied: Position,
     pub(super) on_complete: Box<dyn Fn(bool) + Send>,
@@ -114,7 +115,7 @@ pub(super) struct Parts {
     pub(super) rescue: Rescue,
     pub(super) adopting: bool,
     pub(super) adopting_mark: PathBuf,
-    pub(super) known: Option<(Generation, Epoch)>,
+    pub(super) known: Option<(Lineage, Epoch)>,
     pub(super) redo_dir: PathBuf,
     pub(super) applied: Position,
     pub(super) on_complete: Box<dyn Fn(bool) + Send>,
@@ -261,7 +262,7 @@ impl Applier {
                 self.stored = self.stored.max(lsn);
             }
             Cmd::Wake => {}
-            Cmd::Follow(generation, epoch) => self.known = Some((generation, epoch)),
+            Cmd::Follow(lineage, epoch) => self.known = Some((*lineage, epoch)),
             Cmd::Stop => self.stopping = true,
         }
         Ok(())
@@ -282,7 +283,7 @@ impl Applier {
             Cmd::Stop => self.stopping = true,
             Cmd::Durable(position) => self.target = position,
             Cmd::Stored(lsn) => self.stored = self.stored.max(lsn),
-            Cmd::Follow(generation, epoch) => self.known = Some((generation, epoch)),
+            Cmd::Follow(lineage, epoch) => self.known = Some((*lineage, epoch)),
             Cmd::Checkpoint | Cmd::Wake => {}
         }
     }
@@ -353,7 +354,7 @@ impl Applier {
             self.checkpoint()?;
         }
         // A history is noted before its first position is: of one that died in between nothing was ever taken, and the primary's position has a chain of its own.
-        let Some((generation, epoch)) = self.known.filter(|_| self.applied != Position::START) else {
+        let Some((lineage, epoch)) = self.known.clone().filter(|_| self.applied != Position::START) else {
             return Ok(if self.manifest.is_empty() { Holding::Empty } else { Holding::Adopted { rows: self.manifest.len() } });
         };
         // One that remembers nothing pulls everything: a first sync's own position, also at LSN 0, has another chain.
@@ -361,7 +362,7 @@ impl Applier {
             Position::START => None,
             position => self.manifest.chain_at(position.lsn).map_err(|e| sql(self.manifest.state_error(&e)))?,
         };
-        Ok(Holding::Holds { generation, epoch, position: self.applied, digest: self.manifest.digest(), chain_at_yours })
+        Ok(Holding::Holds { lineage, epoch, position: self.applied, digest: self.manifest.digest(), chain_at_yours })
     }
 
     fn pull(&self, since: Option<Lsn>, out: &tokio::sync::mpsc::Sender<ToPrimary>) -> Result<(), StandbyError> {

@@ -36,7 +36,8 @@ use std::thread::JoinHandle;
 
 use tokio::sync::oneshot;
 use twinbox_protocol::codec::{DecodeError, LOG_FRAME_MAX};
-use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Lsn};
+use twinbox_protocol::ids::{ContentHash, Epoch, Lsn};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{Hello, Position, Replica, ToPrimary};
 use twinbox_resync::node::MirrorState;
 
@@ -137,8 +138,8 @@ impl StandbyHandle {
     }
 
     /// Notes the history this node follows, for later hellos; the caller has stored it (in `state.db`) before.
-    pub fn follow(&self, generation: Generation, epoch: Epoch) {
-        let _ = self.applier.send(Cmd::Follow(generation, epoch));
+    pub fn follow(&self, lineage: Lineage, epoch: Epoch) {
+        let _ = self.applier.send(Cmd::Follow(Box::new(lineage), epoch));
     }
 
     /// Sends the manifest's rows (those changed after `since`, and the paths gone since), in batches, then `RowsEnd`.

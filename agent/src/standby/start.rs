@@ -164,7 +164,7 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
         rescue,
         adopting,
         adopting_mark,
-        known: known.map(|known| (known.generation, known.epoch)),
+        known: known.map(|known| (known.lineage.clone(), known.epoch)),
         redo_dir,
         applied: sealed,
         on_complete,

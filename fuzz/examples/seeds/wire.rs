@@ -6,6 +6,7 @@ use twinbox_protocol::codec::encode;
 use twinbox_protocol::digest::{Digest, DigestKey};
 use twinbox_protocol::entry::{Entry, Kind, Time};
 use twinbox_protocol::ids::{ChainHash, ContentHash, Epoch, Generation, Incarnation, Lsn, MirrorId};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 use twinbox_protocol::ops::{Attrs, Content, LogFrame, Op, Seal, Seg};
 use twinbox_protocol::path::RelPath;
@@ -87,7 +88,7 @@ fn hello() -> Hello {
         node: "mail-a".into(),
         mirror: "mail".into(),
         mirror_id: MirrorId([1; 16]),
-        generation: Generation([2; 16]),
+        lineage: Lineage::begin(Generation([2; 16]), "a"),
         epoch: Epoch(1),
         incarnation: Incarnation([3; 16]),
         position: at(10),
@@ -113,7 +114,7 @@ fn welcome(replica: Replica) -> Welcome {
 
 fn holds(generation: u8, lsn: u64, chain_at_yours: Option<u8>) -> Replica {
     Replica::Holds {
-        generation: Generation([generation; 16]),
+        lineage: Lineage::begin(Generation([generation; 16]), "a"),
         epoch: Epoch(1),
         position: at(lsn),
         digest: Digest([5; 4]),

@@ -120,7 +120,7 @@ impl World {
         let replica = match self.sessions {
             0 => Replica::Empty,
             _ => Replica::Holds {
-                generation: hello.generation,
+                lineage: hello.lineage.clone(),
                 epoch: hello.epoch,
                 position: self.position,
                 digest: self.replica.digest(),

@@ -67,6 +67,7 @@ fn turn(engine: &mut Engine) {
     engine.note_listed();
     engine.rechecks.clear(); // Nothing may need it.
     engine.timers().unwrap();
+    engine.mint_when_alone().unwrap();
     engine.round().unwrap();
     engine.finish_first_sync().unwrap();
     engine.answer_waiters().unwrap();

@@ -236,8 +236,12 @@ impl Nodes {
         if reset {
             let node = NodeState::open(&self.state_dir(1)).unwrap();
             let complete = node.mirror("m").unwrap().is_some_and(|known| known.complete);
-            node.set_mirror("m", &MirrorState { role: Role::Standby, complete, ..history() }).unwrap();
-            self.handle().follow(hello.generation, hello.epoch);
+            node.set_mirror(
+                "m",
+                &MirrorState { role: Role::Standby, complete, lineage: hello.lineage.clone(), epoch: hello.epoch, ..history() },
+            )
+            .unwrap();
+            self.handle().follow(hello.lineage.clone(), hello.epoch);
         }
         let (told, words) = mpsc::unbounded_channel();
         let session = match self.runtime.block_on(self.handle().begin(from, reset, told)) {

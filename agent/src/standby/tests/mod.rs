@@ -22,6 +22,7 @@ use tokio::time::timeout;
 use twinbox_protocol::digest::{Digest, DigestKey};
 use twinbox_protocol::entry::{Entry, Kind, Time};
 use twinbox_protocol::ids::{Epoch, Generation, Incarnation, MirrorId};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::ops::{Attrs, Content, FLAG_INITIAL, Op};
 use twinbox_protocol::outbox::Outbox;
 use twinbox_protocol::path::RelPath;
@@ -239,7 +240,7 @@ fn followed() -> MirrorState {
     MirrorState {
         mirror_id: MirrorId([1; 16]),
         role: Role::Standby,
-        generation: Generation([2; 16]),
+        lineage: Lineage::begin(Generation([2; 16]), "a"),
         epoch: Epoch(1),
         digest_key: key(),
         reserved: Lsn(0),
@@ -254,7 +255,7 @@ fn hello(position: Position, digest: Digest) -> Hello {
         node: "a".into(),
         mirror: "m".into(),
         mirror_id: MirrorId([1; 16]),
-        generation: Generation([2; 16]),
+        lineage: Lineage::begin(Generation([2; 16]), "a"),
         epoch: Epoch(1),
         incarnation: Incarnation([3; 16]),
         position,
@@ -339,7 +340,7 @@ impl Rig {
         self.from_standby = from_standby;
         self.heard.clear();
         self.known = Some(followed());
-        handle.follow(followed().generation, Epoch(1));
+        handle.follow(followed().lineage, Epoch(1));
         self.outbox.handle_restart(from);
         Ok(())
     }

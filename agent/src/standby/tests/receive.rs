@@ -290,7 +290,7 @@ async fn where_a_first_sync_began_is_remembered() {
     let (out, from_standby) = mpsc::unbounded_channel();
     rig.session = Some(soon(rig.handle().begin(from, true, out)).await.unwrap());
     rig.from_standby = from_standby;
-    rig.handle().follow(followed().generation, Epoch(1));
+    rig.handle().follow(followed().lineage, Epoch(1));
     rig.outbox.handle_restart(from);
     rig.check(vec![put("a", b"x", 1)]).await;
     let told = |replica| match replica {
@@ -315,7 +315,7 @@ async fn hello_tells_what_is_here_and_rows_can_be_pulled() {
     rig.check(vec![put("f1", b"y", 2), remove("f2")]).await;
     let replica = soon(rig.handle().replica(&hello(first, Digest::default()))).await.unwrap();
     let holds = Replica::Holds {
-        generation: Generation([2; 16]),
+        lineage: Lineage::begin(Generation([2; 16]), "a"),
         epoch: Epoch(1),
         position: rig.outbox.last(),
         digest: rig.model.digest(),
