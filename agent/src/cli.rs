@@ -65,6 +65,12 @@ pub enum Command {
     /// Make the running agent read its configuration again
     #[command(after_long_help = help::reload())]
     Reload(Reload),
+    /// Take a mirror over: this standby becomes its primary
+    #[command(after_long_help = help::promote())]
+    Promote(SwitchArgs),
+    /// Give a mirror up: this primary becomes its standby
+    #[command(after_long_help = help::demote())]
+    Demote(SwitchArgs),
     /// How well is the mail protected?
     #[command(after_long_help = help::status())]
     Status(StatusArgs),
@@ -238,6 +244,20 @@ pub struct Run {
     /// Take over a root that is not empty and not known as this mirror's; what is replaced is kept in rescue. May be repeated
     #[arg(long, value_name = "MIRROR")]
     pub adopt: Vec<MirrorName>,
+}
+
+/// `twinbox promote` and `twinbox demote`
+#[derive(Debug, Args)]
+pub struct SwitchArgs {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Which mirror; needed when there are several
+    #[arg(short, long, value_name = "MIRROR")]
+    pub mirror: Option<MirrorName>,
+    /// Although something speaks against it; what that can cost is said without it
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `twinbox reload`

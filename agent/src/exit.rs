@@ -42,13 +42,15 @@ pub enum ExitCode {
     Unprotected = 14,
     /// After a power cut, what this disk lacks is not known: the standby does not answer.
     Unhealed = 15,
+    /// A change of role would lose something, or is not possible now.
+    Refused = 16,
     /// Stopped by Ctrl-C before the job was done.
     Interrupted = 130,
 }
 
 impl ExitCode {
     /// Every code, ascending.
-    pub const ALL: [ExitCode; 17] = [
+    pub const ALL: [ExitCode; 18] = [
         ExitCode::Ok,
         ExitCode::Failure,
         ExitCode::Usage,
@@ -65,6 +67,7 @@ impl ExitCode {
         ExitCode::NotInTime,
         ExitCode::Unprotected,
         ExitCode::Unhealed,
+        ExitCode::Refused,
         ExitCode::Interrupted,
     ];
 
@@ -94,6 +97,7 @@ impl ExitCode {
             ExitCode::NotInTime => "the fence was not through in time; the changes still travel",
             ExitCode::Unprotected => "no standby follows: what changes now exists once",
             ExitCode::Unhealed => "after a power cut this disk may lack mail that no standby could name or give back",
+            ExitCode::Refused => "the role was not changed: it would lose something, or is not possible now; the message says what",
             ExitCode::Interrupted => "interrupted by Ctrl-C before the job was done",
         }
     }

@@ -21,5 +21,6 @@ pub mod net;
 pub mod roles;
 pub mod standby;
 pub mod status;
+pub mod switch;
 pub mod sys;
 pub mod tree;

@@ -202,6 +202,7 @@ pub struct Roles {
     primaries: Vec<Primary>,
     replicas: Vec<Replica>,
     servers: Vec<JoinHandle<()>>,
+    server: Option<Arc<Server>>,
     order: Vec<String>,
     state_dir: PathBuf,
 }
@@ -222,7 +223,7 @@ impl Roles {
         let state = NodeState::open(state_dir)?;
         let incarnation = Incarnation(random()?);
         let order = mirrors.iter().map(|m| m.name.clone()).collect();
-        let mut roles = Roles { primaries: vec![], replicas: vec![], servers: vec![], order, state_dir: state_dir.into() };
+        let mut roles = Roles { primaries: vec![], replicas: vec![], servers: vec![], server: None, order, state_dir: state_dir.into() };
         for spec in mirrors {
             let mirror_dir = state_dir.join("mirrors").join(&spec.name);
             std::fs::create_dir_all(&mirror_dir).map_err(|source| RoleError::Dir { path: mirror_dir.clone(), source })?;
@@ -334,7 +335,8 @@ impl Roles {
 
     fn serve(&mut self, node: &str, incarnation: Incarnation, state_dir: &std::path::Path, endpoints: &[Endpoint]) {
         let mirrors: HashMap<String, Arc<Served>> = self.replicas.iter().map(|r| (r.spec.name.clone(), r.served.clone())).collect();
-        let server = Arc::new(Server { node: node.into(), incarnation, state_dir: state_dir.into(), mirrors });
+        let server = Arc::new(Server::new(node.into(), incarnation, state_dir.into(), mirrors));
+        self.server = Some(server.clone());
         for endpoint in endpoints {
             let (endpoint, server) = (endpoint.clone(), server.clone());
             self.servers.push(tokio::spawn(async move {
@@ -392,6 +394,9 @@ impl Roles {
             }
         }
         self.servers.drain(..).for_each(|task| task.abort());
+        if let Some(server) = self.server.take() {
+            server.close();
+        }
         self.primaries.clear();
         for replica in &mut self.replicas {
             if let Some(standby) = replica.standby.take() {
@@ -483,7 +488,7 @@ fn primary_status(primary: &Primary) -> MirrorStatus {
         layout: primary.spec.layout.clone(),
         root: primary.spec.root.display().to_string(),
         epoch: primary.history.epoch.0,
-        generation: primary.history.lineage.generation().to_string(),
+        generation: now.generation.unwrap_or_else(|| primary.history.lineage.generation()).to_string(),
         lsn: Lsns { captured: now.lsn.0.0, durable: now.lsn.1.0, applied: now.lsn.2.0 },
         lag_ms: Some(now.lag_ms),
         bound_ms: now.bound_ms,

@@ -38,6 +38,15 @@ impl Default for Fence {
     }
 }
 
+/// A change of role.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Switch {
+    /// Which mirror; `None`: the only one there is.
+    pub mirror: Option<String>,
+    /// Although something speaks against it.
+    pub force: bool,
+}
+
 /// What can be asked of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -50,6 +59,10 @@ pub enum Request {
     Reload,
     /// Drain and stop.
     Stop,
+    /// Become primary of a mirror.
+    Promote(Switch),
+    /// Become standby of a mirror.
+    Demote(Switch),
     /// Say when everything changed by now is durable on the standby.
     Fence(Fence),
     /// Do not cut the group of this path until its transaction is committed.
@@ -70,7 +83,7 @@ pub enum Request {
     },
 }
 
-const KNOWN: &str = "PING, STATUS, RELOAD, STOP, FENCE, TXN BEGIN, TXN COMMIT";
+const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, FENCE, TXN BEGIN, TXN COMMIT";
 
 impl Request {
     /// The request line, without newline.
@@ -89,7 +102,13 @@ impl Request {
             }
             line
         };
+        let switch_words = |switch: &Switch| {
+            let mirror = switch.mirror.as_ref().map_or(String::new(), |mirror| format!(" mirror={}", encode(mirror.as_bytes())));
+            format!("{mirror}{}", if switch.force { " force=yes" } else { "" })
+        };
         match self {
+            Request::Promote(switch) => format!("PROMOTE{}", switch_words(switch)),
+            Request::Demote(switch) => format!("DEMOTE{}", switch_words(switch)),
             Request::Ping => "PING".into(),
             Request::Status => "STATUS".into(),
             Request::Reload => "RELOAD".into(),
@@ -122,6 +141,8 @@ impl Request {
             (b"STATUS", _) => plain(Request::Status),
             (b"RELOAD", _) => plain(Request::Reload),
             (b"STOP", _) => plain(Request::Stop),
+            (b"PROMOTE", _) => Words::read("PROMOTE", &rest)?.switch().map(Request::Promote),
+            (b"DEMOTE", _) => Words::read("DEMOTE", &rest)?.switch().map(Request::Demote),
             (b"FENCE", _) => {
                 let mut words = Words::read("FENCE", &rest)?;
                 let fence = words.fence()?;
@@ -216,6 +237,12 @@ impl Words {
         Ok(Fence { mirror, paths, timeout, wait })
     }
 
+    fn switch(mut self) -> Result<Switch, Response> {
+        let mirror = self.one("mirror")?.map(|name| name.to_string_lossy().into_owned());
+        let force = self.choice("force", &["no", "yes"])? == 1;
+        self.end().map(|()| Switch { mirror, force })
+    }
+
     fn end(&self) -> Result<(), Response> {
         match self.map.keys().next() {
             None => Ok(()),
@@ -290,6 +317,8 @@ mod tests {
             Request::Status,
             Request::Reload,
             Request::Stop,
+            Request::Promote(Switch { mirror: None, force: false }),
+            Request::Demote(Switch { mirror: Some("ma il".into()), force: true }),
             Request::Fence(Fence::default()),
             Request::Fence(fence),
             Request::TxnBegin { path, timeout: Duration::from_secs(7) },

@@ -871,6 +871,7 @@ impl Engine {
         let waiting = self.outbox.in_flight().len();
         let summary = &mut self.summary;
         summary.connected = up;
+        summary.generation = Some(self.config.known.lineage.generation());
         summary.complete = self.complete;
         summary.protected = up && self.complete;
         if summary.protected {

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use twinbox_protocol::digest::Digest;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::hello::Refusal;
-use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::ids::{ContentHash, Generation, Lsn};
 use twinbox_protocol::msg::{BulkItem, Hello, Position, Welcome};
 use twinbox_protocol::path::RelPath;
 
@@ -133,6 +133,8 @@ pub struct CaptureStatus {
     pub connected: bool,
     /// The first sync is complete.
     pub complete: bool,
+    /// The newest term of the history that is written.
+    pub generation: Option<Generation>,
     /// Last LSN issued, last durable, last applied.
     pub lsn: (Lsn, Lsn, Lsn),
     /// Paths not yet durable on the standby.

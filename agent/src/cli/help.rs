@@ -126,6 +126,41 @@ SIGTERM and Ctrl-C drain and stop; SIGHUP reads the configuration again. Tells s
     )
 }
 
+const SWITCHED: &[Exit] = &[Exit::Ok, Exit::Failure, Exit::Usage, Exit::Config, Exit::NoAgent, Exit::Permission, Exit::Refused];
+
+pub(super) fn promote() -> String {
+    sections(
+        "
+  mail2# twinbox promote               mail1 is gone: mail2 takes over
+  mail2# systemctl start dovecot postfix
+
+Make sure first that the other machine is off, or that nobody reaches its mail server: two servers that
+take mail at the same time are two histories, and one of them will have to go to rescue. Refused while the
+primary is connected, and while the first sync is not complete: --force goes on all the same, with a
+replica that is at no point in time. Everything that was acknowledged is there when this ends.
+When the old primary is back: `twinbox demote --force` there.",
+        SWITCHED,
+    )
+}
+
+pub(super) fn demote() -> String {
+    sections(
+        "
+  Switch over to the other machine, and lose nothing:
+    mail1# systemctl stop postfix dovecot
+    mail1# twinbox demote
+    mail2# twinbox promote
+    mail2# systemctl start dovecot postfix
+  A machine that was primary when it died is back, and the other was promoted:
+    mail1# twinbox demote --force
+
+Refused unless the standby has everything: nothing may write to the store any more. With --force this
+node gives up: it compares all of its files with the other node, and what that one lacks, or has another
+version of, is kept in rescue/ in the state directory.",
+        SWITCHED,
+    )
+}
+
 pub(super) fn reload() -> String {
     sections(
         "

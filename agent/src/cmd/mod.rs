@@ -9,3 +9,4 @@ pub mod mirror;
 pub mod pair;
 pub mod run;
 pub mod status;
+pub mod switch;

@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::admin::{AdminServer, FenceServer, Request, Response};
+use crate::admin::{AdminServer, FenceServer, Request, Response, Switch};
 use crate::capture::Command;
 use crate::capture::pulse::Stage;
 use crate::cli::Run;
@@ -25,7 +25,7 @@ use crate::heal::{self, Job};
 use crate::link::paths::Paths;
 use crate::net::{Endpoint, Fingerprint, NodeKey, PinnedPeers, Tuning};
 use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
-use crate::status::{SCHEMA, Status};
+use crate::status::{MirrorStatus, SCHEMA, Status};
 
 /// How long a stop waits for what is under way.
 const DRAIN: Duration = Duration::from_secs(15);
@@ -70,6 +70,12 @@ pub(super) fn pin(pins: &PinnedPeers, peers: &[PeerSpec]) -> Result<(), Failure>
 
 struct Agent {
     path: std::path::PathBuf,
+    state: std::path::PathBuf,
+    specs: Vec<MirrorSpec>,
+    peers: std::sync::RwLock<Vec<PeerSpec>>,
+    bounds: Bounds,
+    /// Why this agent cannot go on.
+    fatal: mpsc::Sender<Failure>,
     pins: PinnedPeers,
     endpoints: Vec<Endpoint>,
     roles: Mutex<Roles>,
@@ -88,7 +94,103 @@ impl Agent {
         roles.connect(&peers, &self.endpoints);
         roles.reselect(&mirrors(&config, &[]));
         tracing::info!(peers = peers.len(), "configuration read again");
+        *self.peers.write().unwrap_or_else(PoisonError::into_inner) = peers;
         Ok(())
+    }
+
+    /// Stops everything that runs, lets `change` act on the state at rest, and starts again, whatever came of it.
+    fn restart<T>(&self, roles: &mut Roles, change: impl FnOnce() -> T) -> T {
+        tokio::task::block_in_place(|| {
+            roles.stop();
+            let done = change();
+            let not_yet = self.unhealed.names();
+            let whole = self.specs.iter().filter(|spec| !not_yet.contains(&spec.name)).cloned().collect();
+            let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner).clone();
+            match Roles::start(&self.node, &self.state, whole, &peers, &self.endpoints, self.bounds) {
+                Ok(started) => {
+                    *self.fences.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(started.fences());
+                    *roles = started;
+                }
+                Err(error) => {
+                    let _ = self.fatal.try_send(error.into());
+                }
+            }
+            done
+        })
+    }
+
+    /// The mirror that is meant, which must not have that role.
+    fn to_switch(&self, roles: &Roles, switch: &Switch, not: Role) -> Result<MirrorStatus, Response> {
+        let all = roles.status();
+        let named = match &switch.mirror {
+            Some(name) => all.into_iter().find(|mirror| mirror.name == *name),
+            None if all.len() > 1 => {
+                return Err(Response::error("bad-arguments", "there are several mirrors: say which, with --mirror"));
+            }
+            None => all.into_iter().next(),
+        };
+        match named {
+            Some(mirror) if mirror.role == not => {
+                Err(Response::error("refused", format!("mirror `{}`: this node is its {not} already", mirror.name)))
+            }
+            Some(mirror) => Ok(mirror),
+            None if !self.unhealed.names().is_empty() => {
+                Err(Response::error("refused", "the mirror is being healed after a power cut: see `twinbox status`"))
+            }
+            None => Err(Response::error("refused", "this node keeps no mirror of that name")),
+        }
+    }
+
+    async fn promote(&self, switch: &Switch) -> Result<Response, Response> {
+        let mut roles = self.roles.lock().await;
+        let mirror = self.to_switch(&roles, switch, Role::Primary)?;
+        let name = mirror.name.as_str();
+        let no = |why: String| Response::error("refused", format!("mirror `{name}`: {why}"));
+        let connected: Vec<&str> = mirror.peers.iter().filter(|peer| peer.connected).map(|peer| peer.node.as_str()).collect();
+        if !switch.force && !connected.is_empty() {
+            let node = connected.join(", ");
+            return Err(no(format!(
+                "its primary `{node}` is alive and connected: stop the mail server there and run `twinbox demote` there first (--force: two primaries, of which one will lose)"
+            )));
+        }
+        let complete = roles.standbys().iter().any(|(of, handle)| of == name && handle.status().complete);
+        if !switch.force && !complete {
+            return Err(no(
+                "its first sync is not complete: the replica is at no point in time and lacks mail (--force takes it as it is)".into(),
+            ));
+        }
+        let epoch = self.restart(&mut roles, || crate::switch::promote(&self.state, name)).map_err(|error| refused(&error))?;
+        tracing::warn!(mirror = name, epoch = epoch.0, "promoted: this node is the primary from now on");
+        Ok(said(format!("Mirror `{name}`: this node is its primary now (epoch {}). Start the mail server.", epoch.0)))
+    }
+
+    async fn demote(&self, switch: &Switch) -> Result<Response, Response> {
+        let mut roles = self.roles.lock().await;
+        let mirror = self.to_switch(&roles, switch, Role::Standby)?;
+        let name = mirror.name.as_str();
+        if switch.force {
+            self.restart(&mut roles, || crate::switch::give_up(&self.state, name)).map_err(|error| refused(&error))?;
+            tracing::warn!(mirror = name, "given up: this node follows the other one; what that lacks will be in rescue");
+            return Ok(said(format!(
+                "Mirror `{name}`: this node is its standby now. It compares its files with the other node as soon as that is primary; what that one lacks will be in {}.",
+                self.state.join("mirrors").join(name).join("rescue").display()
+            )));
+        }
+        let no = |why: &str| Response::error("refused", format!("mirror `{name}`: {why}"));
+        let capture = roles.captures().into_iter().find(|(of, _)| of == name).map(|(_, capture)| capture);
+        let Some(capture) = capture.filter(|capture| capture.status().protected) else {
+            return Err(no(
+                "no standby follows, so what is here may be nowhere else. If the other node was promoted meanwhile: --force follows it, and what it lacks is kept in rescue",
+            ));
+        };
+        if !matches!(timeout(DRAIN, capture.ask(Command::Sync)).await, Ok(Some(()))) {
+            return Err(no("the standby did not get everything in time: stop the mail server first, then try again"));
+        }
+        let spec = self.specs.iter().find(|spec| spec.name == name).ok_or_else(|| no("it is not configured any more"))?;
+        let done = self.restart(&mut roles, || crate::switch::demote(&self.state, name, &spec.root, &spec.selection));
+        done.map_err(|error| refused(&error))?;
+        tracing::warn!(mirror = name, "demoted: this node is a standby from now on");
+        Ok(said(format!("Mirror `{name}`: this node is a standby now. Run `twinbox promote` on the other one, or here to take it back.")))
     }
 
     async fn status(&self) -> Status {
@@ -113,6 +215,14 @@ impl Agent {
             None => Ok(self.fences.read().unwrap_or_else(PoisonError::into_inner).clone()),
         }
     }
+}
+
+fn refused(error: &crate::switch::SwitchError) -> Response {
+    Response::error("refused", error.to_string())
+}
+
+fn said(text: String) -> Response {
+    Response::Ok(serde_json::json!({ "said": text }))
 }
 
 /// Runs the command.
@@ -146,16 +256,19 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     let specs = mirrors(&config, &adopt);
     let jobs = tokio::task::block_in_place(|| unhealed(&config, &specs))?;
     let unhealed = Unhealed::of(&jobs);
-    let start = |endpoints: &[Endpoint], unhealed: &Unhealed| {
-        let not_yet = unhealed.names();
-        let whole = specs.iter().filter(|spec| !not_yet.contains(&spec.name)).cloned().collect();
-        tokio::task::block_in_place(|| Roles::start(config.node.as_str(), &config.state, whole, &peers, endpoints, bounds))
-    };
-    let roles = start(&endpoints, &unhealed)?;
+    let not_yet = unhealed.names();
+    let whole = specs.iter().filter(|spec| !not_yet.contains(&spec.name)).cloned().collect();
+    let roles = tokio::task::block_in_place(|| Roles::start(config.node.as_str(), &config.state, whole, &peers, &endpoints, bounds))?;
     let (some_healed, mut healed) = mpsc::channel(1);
     let healing = tokio::spawn(heal_all(jobs, standby_of(&peers, &endpoints), unhealed.clone(), some_healed));
     let fences = std::sync::RwLock::new(Arc::new(roles.fences()));
+    let (fatal, mut failed_for_good) = mpsc::channel(1);
     let agent = Arc::new(Agent {
+        state: config.state.clone(),
+        specs: specs.clone(),
+        peers: std::sync::RwLock::new(peers.clone()),
+        bounds,
+        fatal,
         fences,
         unhealed,
         path: args.file.config.clone(),
@@ -188,6 +301,8 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                         let _ = ask_stop.try_send(());
                         Response::done()
                     }
+                    Request::Promote(switch) => agent.promote(&switch).await.unwrap_or_else(|refusal| refusal),
+                    Request::Demote(switch) => agent.demote(&switch).await.unwrap_or_else(|refusal| refusal),
                     Request::Fence(fence) => match agent.fences() {
                         Ok(fences) => fences.fence(&fence).await,
                         Err(refusal) => refusal,
@@ -232,17 +347,11 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             }
             Some(()) = healed.recv() => {
                 let mut roles = agent.roles.lock().await;
-                tokio::task::block_in_place(|| roles.stop());
-                match start(&agent.endpoints, &agent.unhealed) {
-                    Ok(started) => {
-                        *agent.fences.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(started.fences());
-                        *roles = started;
-                    }
-                    Err(error) => {
-                        ended = Some(error.into());
-                        break;
-                    }
-                }
+                agent.restart(&mut roles, || ());
+            }
+            Some(failure) = failed_for_good.recv() => {
+                ended = Some(failure);
+                break;
             }
             _ = check.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);

@@ -13,7 +13,7 @@ use twinbox_protocol::PROTOCOL_VERSION;
 use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::codec::{CONTROL_MAX, LOG_FRAME_MAX, decode};
 use twinbox_protocol::ids::Incarnation;
-use twinbox_protocol::lineage::{Relation, Side, relate};
+use twinbox_protocol::lineage::{Meeting, Relation, Side, meet, relate};
 use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 use twinbox_resync::node::{MirrorState, NodeState, Role};
 
@@ -56,6 +56,8 @@ pub struct Server {
     pub state_dir: std::path::PathBuf,
     /// By mirror name.
     pub mirrors: HashMap<String, Arc<Served>>,
+    /// Connections that are served; `None`: no more.
+    open: Mutex<Option<Vec<quinn::Connection>>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -83,10 +85,37 @@ enum ServeError {
 type Sessions = Arc<Mutex<HashMap<String, Arc<Session>>>>;
 
 impl Server {
+    /// A server of these mirrors.
+    #[must_use]
+    pub fn new(node: String, incarnation: Incarnation, state_dir: std::path::PathBuf, mirrors: HashMap<String, Arc<Served>>) -> Self {
+        Server { node, incarnation, state_dir, mirrors, open: Mutex::new(Some(vec![])) }
+    }
+
+    /// Ends every connection: who dials again finds the server that comes after this one, with other mirrors.
+    pub fn close(&self) {
+        let open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        for connection in open.into_iter().flatten() {
+            close(&connection, CloseCode::Shutdown, "its mirrors change");
+        }
+    }
+
+    /// Remembers a connection for [`Server::close`]; `false` when that was already.
+    fn remember(&self, connection: &quinn::Connection) -> bool {
+        let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Some(open) = open.as_mut() else { return false };
+        open.retain(|connection| connection.close_reason().is_none());
+        open.push(connection.clone());
+        true
+    }
+
     /// Serves one connection until it ends.
     pub async fn serve(self: Arc<Self>, incoming: Incoming) {
         let sessions = Sessions::default();
         let connection = incoming.connection;
+        if !self.remember(&connection) {
+            close(&connection, CloseCode::Shutdown, "its mirrors change");
+            return;
+        }
         loop {
             tokio::select! {
                 stream = connection.accept_bi() => {
@@ -129,9 +158,16 @@ impl Server {
         let Some(ToStandby::Hello(hello)) = first else { return Err(ServeError::Protocol("no hello first")) };
         let refuse = |code, message: String| ToPrimary::Refuse { code, message };
         let Some(served) = self.mirrors.get(&hello.mirror) else {
-            let message =
-                format!("node `{}` is not standby of a mirror named `{}`: check [[mirror]] in its configuration", self.node, hello.mirror);
-            write_frame(&mut send, &refuse(RefuseCode::NoSuchMirror, message)).await?;
+            let known = NodeState::open(&self.state_dir)?.mirror(&hello.mirror)?;
+            let (code, message) = match known.filter(|known| known.role == Role::Primary) {
+                Some(known) => (RefuseCode::Diverged, two_primaries(&self.node, &hello, &known)),
+                None => {
+                    let why = "is not standby of a mirror named";
+                    let message = format!("node `{}` {why} `{}`: check [[mirror]] in its configuration", self.node, hello.mirror);
+                    (RefuseCode::NoSuchMirror, message)
+                }
+            };
+            write_frame(&mut send, &refuse(code, message)).await?;
             let _ = send.finish();
             return Ok(());
         };
@@ -276,11 +312,11 @@ impl Server {
             return Err((RefuseCode::Version, message));
         }
         let state = NodeState::open(&self.state_dir).and_then(|node| node.mirror(&hello.mirror)).map_err(|e| failed(&e))?;
-        if let Some(state) = &state {
+        // Files that the operator had taken over follow whoever is primary: they are of no history yet, and nothing of them is lost.
+        let adopted = served.handle.status().adopted;
+        if let Some(state) = state.as_ref().filter(|state| !adopted || state.role == Role::Primary) {
             if state.role == Role::Primary {
-                let message =
-                    format!("node `{}` is itself primary of mirror `{}`; two primaries are never joined", self.node, hello.mirror);
-                return Err((RefuseCode::Diverged, message));
+                return Err((RefuseCode::Diverged, two_primaries(&self.node, hello, state)));
             }
             let relation = relation(state, hello);
             let why = match relation {
@@ -335,6 +371,17 @@ impl Server {
         served.handle.follow(state.lineage, state.epoch);
         Ok(())
     }
+}
+
+/// What a primary is told that speaks to another one.
+fn two_primaries(node: &str, hello: &Hello, known: &MirrorState) -> String {
+    let theirs = Side { lineage: &hello.lineage, epoch: hello.epoch, position: hello.position };
+    let said = match meet(theirs, Side { lineage: &known.lineage, epoch: known.epoch, position: Position::START }) {
+        Meeting::Yield => format!("and was promoted after node `{}`: run `twinbox demote --force` on that one, it keeps what `{node}` lacks in rescue", hello.node),
+        Meeting::Stand => format!("but node `{}` was promoted after it: run `twinbox demote --force` on `{node}`, it keeps what the other lacks in rescue", hello.node),
+        Meeting::Split | Meeting::Unrelated => "and nobody can tell which of them is right: stop one mail server, and run `twinbox demote --force` on that node, it keeps what the other lacks in rescue".into(),
+    };
+    format!("node `{node}`, too, is primary of mirror `{}`, {said}; nothing was changed on either side", hello.mirror)
 }
 
 /// How a primary's history relates to the one known here.

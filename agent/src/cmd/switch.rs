@@ -1,0 +1,39 @@
+//! `twinbox promote` and `twinbox demote`: asks the running agent to change its role in a mirror.
+
+use std::time::Duration;
+
+use crate::admin::{self, AdminError, Request, Switch};
+use crate::cli::SwitchArgs;
+use crate::config::Config;
+use crate::exit::ExitCode;
+use crate::failure::Failure;
+
+/// A replica may have much to apply, and a store much to be looked at.
+const TIMEOUT: Duration = Duration::from_secs(900);
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Failure`]: the role is as it was.
+pub async fn run(args: &SwitchArgs, promote: bool, quiet: bool) -> Result<ExitCode, Failure> {
+    let config = Config::load(&args.file.config)?;
+    let switch = Switch { mirror: args.mirror.as_ref().map(|name| name.as_str().to_owned()), force: args.force };
+    let request = if promote { Request::Promote(switch) } else { Request::Demote(switch) };
+    match admin::request(&config.state, request, TIMEOUT).await {
+        Ok(answer) => {
+            if !quiet {
+                println!("{}", answer["said"].as_str().unwrap_or("Done."));
+            }
+            Ok(ExitCode::Ok)
+        }
+        Err(AdminError::Refused { code, message }) => {
+            let exit = match code.as_str() {
+                "refused" => ExitCode::Refused,
+                "bad-arguments" => ExitCode::Usage,
+                _ => ExitCode::Failure,
+            };
+            Err(Failure::new(exit, message))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
