@@ -17,6 +17,8 @@ const REFUSED: i32 = 16;
 struct World {
     trees: [PathBuf; 2],
     nodes: [Node; 2],
+    /// Says which boot of its machine `alpha` runs in.
+    boot: PathBuf,
     _scratch: Scratch,
 }
 
@@ -24,16 +26,18 @@ impl World {
     /// `alpha` is primary, `beta` its standby, and both are in sync.
     fn new(name: &str) -> Self {
         let scratch = Scratch::new(name);
+        let boot = scratch.join("boot-id");
+        fs::write(&boot, "boot-0\n").unwrap();
+        let alpha = Program::under_env("TWINBOX_BOOT_ID_FILE", &boot);
         let trees = [scratch.dir("alpha-store"), scratch.dir("beta-store")];
         for dir in ["new", "cur", "tmp", ".Sent/new", ".Sent/cur"] {
             fs::create_dir_all(trees[0].join("anna/Maildir").join(dir)).unwrap();
         }
         let first = Spec { node: "alpha", role: "primary", mirror: "mail", root: &trees[0], layout: Layout::Maildir, listen: free_udp() };
         let second = Spec { node: "beta", role: "standby", root: &trees[1], listen: free_udp(), ..first.clone() };
-        let nodes =
-            [Node::init(Program::here(), &scratch.join("alpha"), &first), Node::init(Program::here(), &scratch.join("beta"), &second)];
+        let nodes = [Node::init(alpha, &scratch.join("alpha"), &first), Node::init(Program::here(), &scratch.join("beta"), &second)];
         pair(&nodes[0], &nodes[1]);
-        let mut world = World { trees, nodes, _scratch: scratch };
+        let mut world = World { trees, nodes, boot, _scratch: scratch };
         for n in 0..20 {
             world.deliver(0, &format!("new/{n}"), &format!("message {n}"));
         }
@@ -131,6 +135,16 @@ fn a_switch_there_and_back_loses_nothing() {
 
 #[test]
 fn an_old_primary_that_comes_back_loses_nothing_of_its_tail() {
+    comes_back(false);
+}
+
+/// Then it would be healed first, and its standby is none any more.
+#[test]
+fn nor_does_one_whose_machine_lost_power() {
+    comes_back(true);
+}
+
+fn comes_back(power_cut: bool) {
     let _turn = heavy();
     let mut world = World::new("tail");
     world.nodes[1].kill9();
@@ -151,8 +165,15 @@ fn an_old_primary_that_comes_back_loses_nothing_of_its_tail() {
     fs::write(world.trees[1].join("anna/Maildir/new/1"), "changed on beta").unwrap();
 
     // It is back, and knows nothing: neither touches the other.
+    if power_cut {
+        fs::write(&world.boot, "boot-1\n").unwrap();
+    }
     world.nodes[0].start();
-    world.nodes[0].wait_state(LIMIT, "diverged");
+    wait_until(LIMIT, "alpha to be told", || {
+        let status = world.nodes[0].status();
+        status.is_some_and(|s| s.value["mirrors"][0]["last_error"]["message"].to_string().contains("too, is primary"))
+    });
+    assert_ne!(world.said(0).state, "protected");
     assert_eq!(world.holds(0, "new/after"), None);
     assert_eq!(world.holds(1, "new/tail"), None);
     world.refused(0, &["demote"], "no standby follows");

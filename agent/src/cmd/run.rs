@@ -27,6 +27,8 @@ use crate::net::{Endpoint, Fingerprint, NodeKey, PinnedPeers, Tuning};
 use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
 use crate::status::{MirrorStatus, SCHEMA, Status};
 
+/// How long giving a mirror up waits for a heal that is under way.
+const HEAL_ENDS: Duration = Duration::from_secs(30);
 /// How long a stop waits for what is under way.
 const DRAIN: Duration = Duration::from_secs(15);
 
@@ -121,7 +123,8 @@ impl Agent {
 
     /// The mirror that is meant, which must not have that role.
     fn to_switch(&self, roles: &Roles, switch: &Switch, not: Role) -> Result<MirrorStatus, Response> {
-        let all = roles.status();
+        let mut all = roles.status();
+        all.extend(self.unhealed.status());
         let named = match &switch.mirror {
             Some(name) => all.into_iter().find(|mirror| mirror.name == *name),
             None if all.len() > 1 => {
@@ -134,9 +137,6 @@ impl Agent {
                 Err(Response::error("refused", format!("mirror `{}`: this node is its {not} already", mirror.name)))
             }
             Some(mirror) => Ok(mirror),
-            None if !self.unhealed.names().is_empty() => {
-                Err(Response::error("refused", "the mirror is being healed after a power cut: see `twinbox status`"))
-            }
             None => Err(Response::error("refused", "this node keeps no mirror of that name")),
         }
     }
@@ -168,7 +168,13 @@ impl Agent {
         let mut roles = self.roles.lock().await;
         let mirror = self.to_switch(&roles, switch, Role::Standby)?;
         let name = mirror.name.as_str();
+        let no = |why: &str| Response::error("refused", format!("mirror `{name}`: {why}"));
         if switch.force {
+            if self.unhealed.names().iter().any(|unhealed| unhealed == name) && !self.unhealed.give_up(name, HEAL_ENDS).await {
+                return Err(no(
+                    "it is being healed after a power cut, with the standby's help: see `twinbox status`, and try again when that is over",
+                ));
+            }
             self.restart(&mut roles, || crate::switch::give_up(&self.state, name)).map_err(|error| refused(&error))?;
             tracing::warn!(mirror = name, "given up: this node follows the other one; what that lacks will be in rescue");
             return Ok(said(format!(
@@ -176,7 +182,6 @@ impl Agent {
                 self.state.join("mirrors").join(name).join("rescue").display()
             )));
         }
-        let no = |why: &str| Response::error("refused", format!("mirror `{name}`: {why}"));
         let capture = roles.captures().into_iter().find(|(of, _)| of == name).map(|(_, capture)| capture);
         let Some(capture) = capture.filter(|capture| capture.status().protected) else {
             return Err(no(

@@ -1,7 +1,7 @@
 //! Healing beside a running agent: round after round, until every mirror is healed; meanwhile each says of itself what is wrong.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
@@ -14,39 +14,67 @@ use crate::status::{LastError, Lsns, MirrorState, MirrorStatus, Pending, Rates, 
 
 /// One mirror is tried for so long before the next.
 const TURN: Duration = Duration::from_secs(10);
+/// How often who waits looks again.
+const LOOK: Duration = Duration::from_millis(100);
 
-/// What the mirrors that are not healed say of themselves.
+/// What the mirrors that are not healed say of themselves; `None`: nobody wants that one healed any more.
 #[derive(Clone, Default)]
-pub struct Unhealed(Arc<Mutex<BTreeMap<String, MirrorStatus>>>);
+pub struct Unhealed(Arc<Mutex<BTreeMap<String, Option<MirrorStatus>>>>);
 
 impl Unhealed {
     /// Those of `jobs`.
     #[must_use]
     pub fn of(jobs: &[Job]) -> Self {
         let all = Unhealed::default();
-        jobs.iter().for_each(|job| all.say(job, "waiting for the standby, to bring back what this disk lost in a power cut".into(), None));
+        for job in jobs {
+            let said = status(job, "waiting for the standby, to bring back what this disk lost in a power cut".into(), None);
+            all.lock().insert(job.mirror().to_owned(), Some(said));
+        }
         all
     }
 
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<MirrorStatus>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn say(&self, job: &Job, message: String, done: Option<&Done>) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert(job.mirror().to_owned(), status(job, message, done));
+        if let Some(Some(said)) = self.lock().get_mut(job.mirror()) {
+            *said = status(job, message, done);
+        }
+    }
+
+    fn is_wanted(&self, name: &str) -> bool {
+        matches!(self.lock().get(name), Some(Some(_)))
+    }
+
+    /// Has a mirror not be healed: waits until nothing works on it any more. `false`: not in time, and it is healed on.
+    pub async fn give_up(&self, name: &str, limit: Duration) -> bool {
+        let Some(said) = self.lock().insert(name.to_owned(), None) else { return true };
+        let deadline = Instant::now() + limit;
+        while self.lock().contains_key(name) {
+            if Instant::now() >= deadline {
+                self.lock().insert(name.to_owned(), said);
+                return false;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        true
     }
 
     fn remove(&self, name: &str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.lock().remove(name);
     }
 
     /// Their status, by name.
     #[must_use]
     pub fn status(&self) -> Vec<MirrorStatus> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.lock().values().flatten().cloned().collect()
     }
 
     /// Their names.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+        self.lock().keys().cloned().collect()
     }
 }
 
@@ -55,16 +83,21 @@ pub async fn heal_all(mut jobs: Vec<Job>, paths: Option<Paths>, unhealed: Unheal
     // What kept a mirror from being healed stays told while it is tried again.
     let mut why = BTreeMap::<String, String>::new();
     while !jobs.is_empty() {
-        let before = jobs.len();
+        let mut some_healed = false;
         let begun = Instant::now();
         let mut left = vec![];
         for job in jobs {
+            if !unhealed.is_wanted(job.mirror()) {
+                unhealed.remove(job.mirror());
+                continue;
+            }
             let doing = why.get(job.mirror()).map_or("bringing back what this disk lost in a power cut", String::as_str);
             let progress = |done: &Done| unhealed.say(&job, doing.to_owned(), Some(done));
             match until_healed(&job, paths.as_ref(), Some(Instant::now() + TURN), progress).await {
                 Ok((outcome, done)) => {
                     tracing::info!(mirror = job.mirror(), ?outcome, ?done, "healed after a power cut");
                     unhealed.remove(job.mirror());
+                    some_healed = true;
                 }
                 Err(error) => {
                     tracing::error!(mirror = job.mirror(), %error, "not healed yet: nothing of this mirror is shipped");
@@ -75,7 +108,7 @@ pub async fn heal_all(mut jobs: Vec<Job>, paths: Option<Paths>, unhealed: Unheal
             }
         }
         jobs = left;
-        if jobs.len() < before && some.send(()).await.is_err() {
+        if some_healed && some.send(()).await.is_err() {
             return;
         }
         // A standing refusal is not asked ten times a second.
