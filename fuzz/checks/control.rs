@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use twinbox_protocol::codec::{CONTROL_MAX, LOG_FRAME_MAX, check_entry, decode, encode};
 use twinbox_protocol::hello::{Verdict, compare};
+use twinbox_protocol::lineage::Term;
 use twinbox_protocol::msg::{BulkItem, Hello, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 
 fn round_trip<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8], max: usize) -> Option<T> {
@@ -29,7 +30,8 @@ fn greetings(data: &[u8]) -> Option<()> {
         (Verdict::Refuse { why }, _) => assert!(!why.to_string().is_empty()),
         (Verdict::FirstSync, Replica::Empty) | (Verdict::PullAll { .. }, Replica::Adopted { .. }) => {}
         (agreed, Replica::Holds { lineage, position, digest, chain_at_yours, .. }) => {
-            assert!(hello.lineage.terms().iter().any(|term| term.generation == lineage.generation()), "{agreed:?} across histories");
+            let known = |term: &Term| hello.lineage.terms().iter().any(|ours| ours.generation == term.generation);
+            assert!(lineage.terms().iter().any(known), "{agreed:?} across histories");
             match agreed {
                 Verdict::Continue => assert!(*position == hello.position && *digest == hello.digest),
                 Verdict::PullSince(since) => {

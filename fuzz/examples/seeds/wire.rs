@@ -6,7 +6,7 @@ use twinbox_protocol::codec::encode;
 use twinbox_protocol::digest::{Digest, DigestKey};
 use twinbox_protocol::entry::{Entry, Kind, Time};
 use twinbox_protocol::ids::{ChainHash, ContentHash, Epoch, Generation, Incarnation, Lsn, MirrorId};
-use twinbox_protocol::lineage::Lineage;
+use twinbox_protocol::lineage::{Lineage, Term};
 use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 use twinbox_protocol::ops::{Attrs, Content, LogFrame, Op, Seal, Seg};
 use twinbox_protocol::path::RelPath;
@@ -122,6 +122,15 @@ fn holds(generation: u8, lsn: u64, chain_at_yours: Option<u8>) -> Replica {
     }
 }
 
+/// With a term more.
+fn promoted(mut replica: Replica, to: u64) -> Replica {
+    if let Replica::Holds { lineage, epoch, .. } = &mut replica {
+        *epoch = Epoch(to);
+        lineage.mint(Term { generation: Generation([8; 16]), epoch: Epoch(to), node: "mail-b".into(), start: at(10) });
+    }
+    replica
+}
+
 /// Every message, and greetings with every verdict.
 pub(crate) fn control() {
     let put = |kind: u8, name: &str, body: Vec<u8>| seed("control", name, &[&[kind][..], &body].concat());
@@ -132,6 +141,7 @@ pub(crate) fn control() {
         ("to-standby-begin", ToStandby::Begin { from: at(10), reset: true }),
         ("to-standby-heartbeat", ToStandby::Heartbeat { seq: 9, wall_ns: 1, stored: Lsn(8) }),
         ("to-standby-gone", ToStandby::Gone { hash }),
+        ("to-standby-unstage", ToStandby::Unstage { hash }),
         ("to-standby-fetch", ToStandby::Fetch { path: path("a/new/1.M1.host"), hash }),
     ] {
         put(0, name, encode(&message));
@@ -153,6 +163,7 @@ pub(crate) fn control() {
         ("to-primary-names", ToPrimary::Names { paths: vec![path("a/new/1"), path("a/cur/1:2,")] }),
         ("to-primary-fetched", ToPrimary::Fetched { hash }),
         ("to-primary-not-here", ToPrimary::NotHere { hash }),
+        ("to-primary-incomplete", ToPrimary::Incomplete { hash }),
     ] {
         put(1, name, encode(&message));
     }
@@ -170,6 +181,8 @@ pub(crate) fn control() {
         ("greet-forgot", holds(2, 12, None)),
         ("greet-behind", holds(2, 3, None)),
         ("greet-diverged", holds(9, 10, Some(10))),
+        ("greet-promoted", promoted(holds(2, 10, Some(10)), 2)),
+        ("greet-put-back", promoted(holds(2, 10, Some(10)), 1)),
     ] {
         let hello = encode(&hello());
         let body = [&(hello.len() as u16).to_le_bytes()[..], &hello, &encode(&welcome(replica))].concat();

@@ -459,5 +459,5 @@ fn run(seed: u64) -> BTreeMap<&'static str, usize> {
 
 #[test]
 fn whatever_happens_the_standby_is_in_a_state_the_store_had() {
-    Seeds::from_env(15).run("whatever_happens", run);
+    Seeds::from_env(100).run("whatever_happens", run);
 }

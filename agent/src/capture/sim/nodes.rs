@@ -689,5 +689,5 @@ fn two_nodes_on_disks_that_lose_power() {
         eprintln!("SKIPPED: file systems of our own cannot be mounted, so no machine loses power here: {error}");
         return;
     }
-    Seeds::from_env(15).run("two_nodes_on_disks_that_lose_power", run);
+    Seeds::from_env(100).run("two_nodes_on_disks_that_lose_power", run);
 }
