@@ -97,7 +97,7 @@ impl ExitCode {
             ExitCode::NotInTime => "the fence was not through in time; the changes still travel",
             ExitCode::Unprotected => "no standby follows: what changes now exists once",
             ExitCode::Unhealed => "after a power cut this disk may lack mail that no standby could name or give back",
-            ExitCode::Refused => "the role was not changed: it would lose something, or is not possible now; the message says what",
+            ExitCode::Refused => "the role was not changed: it would lose something, or cannot be; the message says why",
             ExitCode::Interrupted => "interrupted by Ctrl-C before the job was done",
         }
     }
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn the_numbers_are_an_interface() {
         let numbers: Vec<u8> = ExitCode::ALL.map(ExitCode::code).to_vec();
-        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 130]);
+        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 130]);
         let table = ExitCode::table();
         assert_eq!(table.lines().count(), 1 + ExitCode::ALL.len());
         assert!(table.contains("  9  the two sides differ"), "{table}");

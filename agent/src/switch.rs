@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{self as rfs, FileType};
 use rustix::io::Errno;
@@ -111,9 +110,10 @@ pub fn promote(state_dir: &Path, mirror: &str) -> Result<Epoch, SwitchError> {
     known.epoch = Epoch(known.epoch.0.max(known.lineage.last().epoch.0) + 1);
     // No LSN is issued twice.
     known.reserved = known.reserved.max(applied);
-    // The last checkpoint of the standby synced the replica: this disk has all of it. Without this mark one of an earlier time as primary would call for a heal.
-    node.set_local_mark(mirror, &LocalMark { boot: boot_id().map_err(io)?, lsn: applied, clean: false })?;
+    // The last checkpoint of the standby synced the replica: this disk has all that was ever numbered. Without this mark one of an earlier time as primary would call for a heal.
+    node.set_local_mark(mirror, &LocalMark { boot: boot_id().map_err(io)?, lsn: known.reserved, clean: false })?;
     node.set_mirror(mirror, &known)?;
+    remove(&dir.join(ADOPTING)).and_then(|()| remove(&dir.join(GAVE_UP))).map_err(io)?;
     Ok(known.epoch)
 }
 
@@ -147,22 +147,38 @@ pub fn demote(state_dir: &Path, mirror: &str, root: &Path, selection: &Selection
 pub fn give_up(state_dir: &Path, mirror: &str) -> Result<(), SwitchError> {
     let io = |source| SwitchError::Io { mirror: mirror.into(), source };
     let node = NodeState::open(state_dir)?;
-    let mut known = known(&node, mirror, Role::Standby)?;
+    let dir = mirror_dir(state_dir, mirror);
+    let mut known = match node.mirror(mirror)? {
+        // Given up before, and that did not get to its end.
+        Some(known) if gave_up(state_dir, mirror) => known,
+        _ => known(&node, mirror, Role::Standby)?,
+    };
+    remove(&dir.join(ADOPTING)).map_err(io)?;
+    fs::write(dir.join(GAVE_UP), "").map_err(io)?;
+    fs::File::open(dir.join(GAVE_UP)).and_then(|file| file.sync_all()).map_err(io)?;
+    fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(io)?;
     known.role = Role::Standby;
     known.complete = false;
-    // First: with the manifest gone a primary would take everything here for new.
-    node.set_mirror(mirror, &known)?;
-    let dir = mirror_dir(state_dir, mirror);
-    remove_all(&dir.join("redo")).map_err(io)?;
-    remove_all(&dir.join("staging")).map_err(io)?;
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    for name in ["manifest.db-wal", "manifest.db-shm", "manifest.db"] {
-        match fs::rename(dir.join(name), dir.join(format!("{name}.demoted-{seconds}"))) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
-            _ => {}
-        }
+    // The standby that starts finds the mark, sets the manifest aside and takes all files over.
+    Ok(node.set_mirror(mirror, &known)?)
+}
+
+/// Says that a node has given up: its files are to be taken over by whoever is primary. Goes with the end of that first sync.
+pub(crate) const GAVE_UP: &str = "gave-up";
+/// Says that files are being taken over; the standby's.
+pub(crate) const ADOPTING: &str = "adopting";
+
+/// Whether this node has given a mirror up and does not follow another primary yet.
+#[must_use]
+pub fn gave_up(state_dir: &Path, mirror: &str) -> bool {
+    mirror_dir(state_dir, mirror).join(GAVE_UP).exists()
+}
+
+fn remove(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(io)
 }
 
 fn remove_all(dir: &Path) -> std::io::Result<()> {

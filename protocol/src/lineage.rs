@@ -105,8 +105,19 @@ impl Lineage {
         self.last().generation
     }
 
-    /// Begins a term; the oldest are forgotten when there are too many.
-    pub fn mint(&mut self, term: Term) {
+    /// Takes back every term after `generation`; `false` when that is none of ours.
+    pub fn withdraw_after(&mut self, generation: Generation) -> bool {
+        let found = self.0.iter().rposition(|term| term.generation == generation);
+        found.inspect(|at| self.0.truncate(at + 1)).is_some()
+    }
+
+    /// Begins a term; the oldest are forgotten when there are too many. One does not begin before the term that it follows: a node whose memory of its position is gone does not know better.
+    pub fn mint(&mut self, mut term: Term) {
+        let last = self.last();
+        term.epoch = term.epoch.max(last.epoch);
+        if term.start.lsn < last.start.lsn {
+            term.start = last.start;
+        }
         self.0.push(term);
         let over = self.0.len().saturating_sub(TERMS_MAX);
         self.0.drain(..over);
@@ -324,6 +335,16 @@ mod tests {
         }
         let many: Vec<_> = (0..=TERMS_MAX as u64).map(|n| (n as u8, 1, n)).collect();
         assert!(raw(&many).is_err());
+    }
+
+    #[test]
+    fn whatever_a_node_remembers_its_history_can_be_read_again() {
+        let mut known = lineage(&[(1, 1, 0), (2, 2, 57)]);
+        known.mint(Term { generation: Generation([3; 16]), epoch: Epoch(1), node: "n".into(), start: Position::START });
+        assert_eq!(decode::<Lineage>(&encode(&known), CONTROL_MAX).unwrap(), known);
+        assert_eq!((known.last().start, known.last().epoch), (at(57), Epoch(2)));
+        assert!(known.withdraw_after(Generation([2; 16])) && known.generation() == Generation([2; 16]));
+        assert!(!known.withdraw_after(Generation([3; 16])));
     }
 
     #[test]

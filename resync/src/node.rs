@@ -184,6 +184,29 @@ impl NodeState {
         self.sorted(done).map(|_| ())
     }
 
+    /// A standby follows this history from now on; `false`, and nothing is stored, when this node is not standby of that mirror any more. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn follow(&self, name: &str, state: &MirrorState) -> Result<bool, StateError> {
+        let done = self.db.execute(
+            "INSERT INTO mirror (name, mirror_id, role, generation, epoch, digest_key, reserved, complete, lineage) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)
+             ON CONFLICT (name) DO UPDATE SET mirror_id = ?2, generation = ?4, epoch = ?5, digest_key = ?6, lineage = ?9 WHERE role = ?3",
+            params![
+                name,
+                state.mirror_id.0,
+                Role::Standby.as_str(),
+                state.lineage.generation().0,
+                state.epoch.0 as i64,
+                state.digest_key.0,
+                state.reserved.0 as i64,
+                state.complete,
+                codec::encode(&state.lineage)
+            ],
+        );
+        Ok(self.sorted(done)? == 1)
+    }
+
     /// Notes which history a mirror follows; durable when it returns.
     ///
     /// # Errors

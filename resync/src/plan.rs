@@ -211,7 +211,7 @@ impl Planner<'_> {
         let inos: HashSet<u64> =
             self.seen.values().filter_map(|s| if let Seen::Present(f) = s { Some(f.local.ino) } else { None }).collect();
         // Where renames lead that were not performed, though there was something.
-        let mut passed: Vec<&RelPath> = vec![];
+        let mut passed: Vec<RelPath> = vec![];
         for (Hint { from, to }, blind) in hints.iter().zip(blind) {
             let row = self.view.row(from)?;
             // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
@@ -222,19 +222,22 @@ impl Planner<'_> {
                 // Made since the last cut: it had no rows that anything below it could have been compared with, and is made under its new name.
                 if passed.iter().any(|other| from.is_within(other)) {
                     skipped("moved here from a name that is not known")?;
-                    passed.push(to);
+                    passed.push(to.clone());
                 }
                 continue;
             };
             if from == to || to.is_within(from) || from.is_within(to) || !(blind || row.local.is_some_and(|l| inos.contains(&l.ino))) {
                 skipped("not what was moved here")?;
-                passed.push(to);
+                passed.push(to.clone());
                 continue;
             }
             self.parents(to)?;
             let op = Op::Rename { from: from.clone(), to: to.clone() };
             match perform(self.view, &op) {
-                Ok(()) => self.ops.push(op),
+                Ok(()) => {
+                    self.ops.push(op);
+                    passed.iter_mut().for_each(|other| *other = other.rebase(from, to).unwrap_or_else(|| other.clone()));
+                }
                 Err(error @ RowError::Store { .. }) => return Err(error.into()),
                 // A file's rename that does not fit is found again by content; a directory's was taken as whole by the capture.
                 Err(error) if row.entry.is_dir() => return Err(PlanError::Rescan { path: to.clone(), why: error.to_string() }),

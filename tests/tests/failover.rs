@@ -41,6 +41,9 @@ impl World {
         for n in 0..20 {
             world.deliver(0, &format!("new/{n}"), &format!("message {n}"));
         }
+        // A message that was copied to another folder.
+        let maildir = world.trees[0].join("anna/Maildir");
+        fs::hard_link(maildir.join("new/3"), maildir.join(".Sent/cur/3:2,")).unwrap();
         world.nodes.iter_mut().for_each(Node::start);
         world.in_sync();
         world
@@ -163,6 +166,9 @@ fn comes_back(power_cut: bool) {
     world.ok(1, &["promote"]);
     world.deliver(1, "new/after", "only on beta");
     fs::write(world.trees[1].join("anna/Maildir/new/1"), "changed on beta").unwrap();
+    for expunged in ["new/3", ".Sent/cur/3:2,"] {
+        fs::remove_file(world.trees[1].join("anna/Maildir").join(expunged)).unwrap();
+    }
 
     // It is back, and knows nothing: neither touches the other.
     if power_cut {
@@ -181,7 +187,9 @@ fn comes_back(power_cut: bool) {
     world.in_sync();
     let now: Vec<_> = ["new/1", "new/2", "new/after", "new/tail"].iter().map(|name| world.holds(0, name)).collect();
     assert_eq!(now, [Some("changed on beta".into()), Some("message 2".into()), Some("only on beta".into()), None]);
-    assert_eq!(world.rescued(0), [("1".into(), "changed on alpha".into()), ("tail".into(), "only on alpha".into())]);
+    let rescued: Vec<(String, String)> = world.rescued(0);
+    let rescued: Vec<(&str, &str)> = rescued.iter().map(|(name, content)| (name.as_str(), content.as_str())).collect();
+    assert_eq!(rescued, [("1", "changed on alpha"), ("3", "message 3"), ("3:2,", "message 3"), ("tail", "only on alpha")]);
     assert_eq!(world.rescued(1), []);
 
     // And back, without loss.

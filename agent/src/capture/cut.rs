@@ -169,7 +169,7 @@ impl Engine {
 
     /// Whether a file that goes in this unit has a new name elsewhere that is not there yet: a move made by link and unlink is one txn, too.
     fn leaves_for_another(&mut self, unit: &BTreeSet<Group>) -> bool {
-        if self.fresh.is_empty() || self.fresh.len() > FRESH_SEARCHED || !self.complete {
+        if (self.fresh.is_empty() && !self.strayed) || self.fresh.len() > FRESH_SEARCHED || !self.complete {
             return false;
         }
         let gone = |path: &RelPath| {
@@ -192,6 +192,9 @@ impl Engine {
         });
         if gone.is_empty() {
             return false;
+        }
+        if self.strayed && !self.scan.is_done() {
+            return true; // It may be what is on its way to a directory that is still to be listed.
         }
         let mut found = vec![];
         for (path, which) in &mut self.fresh {

@@ -17,7 +17,7 @@ use rustix::fs::inotify::ReadFlags;
 #[cfg(test)]
 use tokio::sync::oneshot;
 use twinbox_protocol::entry::Time;
-use twinbox_protocol::ids::{ContentHash, Incarnation, Lsn};
+use twinbox_protocol::ids::{ContentHash, Generation, Incarnation, Lsn};
 use twinbox_protocol::outbox::Outbox;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::{Large, Manifest};
@@ -187,8 +187,8 @@ pub(super) struct Engine {
     pub(super) halves: BTreeMap<u32, HalfRename>,
     pub(super) scan: Scan,
     pub(super) session: Option<Session>,
-    /// A session is being opened: the standby is told of the history as it was when that began.
-    pub(super) greeting: bool,
+    /// A session is being opened: the newest term that the standby was told of.
+    pub(super) greeting: Option<Generation>,
     /// The standby follows the newest term of our history.
     pub(super) accepted: bool,
     pub(super) complete: bool,
@@ -207,6 +207,8 @@ pub(super) struct Engine {
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
     /// Names of files that came and are not committed, with which file that is once somebody asked.
     pub(super) fresh: BTreeMap<RelPath, Option<Which>>,
+    /// A name of those moved on to where nobody watched yet.
+    pub(super) strayed: bool,
     pub(super) bulk: Bulk,
     pub(super) waiters: Vec<Waiter>,
     pub(super) pulse: Arc<Pulse>,
@@ -320,7 +322,7 @@ impl Engine {
             halves: BTreeMap::new(),
             scan: Scan::default(),
             session: None,
-            greeting: false,
+            greeting: None,
             accepted,
             unsaved_incomplete: false,
             compare: true,
@@ -331,6 +333,7 @@ impl Engine {
             mapped: BTreeSet::new(),
             unreadable: BTreeMap::new(),
             fresh: BTreeMap::new(),
+            strayed: false,
             bulk,
             waiters: vec![],
             pulse: handle.pulse.clone(),
@@ -818,7 +821,10 @@ impl Engine {
     pub(super) fn distrust_renames(&mut self) {
         for path in self.sets.distrust() {
             self.mark(&path, true, true, false);
-            self.scan.push(path);
+            // A directory that is not watched yet is going to be listed, or is none: files are looked at one by one.
+            if self.watch.at(&path).is_some() {
+                self.scan.push(path);
+            }
         }
     }
 
@@ -829,6 +835,7 @@ impl Engine {
         {
             self.watch.forget(wd);
         }
+        self.strayed |= self.fresh.range(half.path.clone()..).next().is_some_and(|(path, _)| path.is_within(&half.path));
         if !half.excluded {
             self.mark(&half.path, false, false, false);
             if half.is_dir {

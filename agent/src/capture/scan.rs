@@ -229,6 +229,7 @@ impl Engine {
             }
         }
         if self.scan.is_done() {
+            self.strayed = false;
             // A life's first comparison begins with its first session.
             for (from, to) in self.scan.moved.between_groups(self.session.is_some()) {
                 self.sets.join(&from, &to);

@@ -58,7 +58,9 @@ pub(super) fn accepted_key(mirror: &str) -> String {
 impl Engine {
     /// What is changed while the standby is lost, nobody else has: a term of its own begins, so that it can never look like "merely behind".
     pub(super) fn mint_when_alone(&mut self) -> Result<(), CaptureError> {
-        let alone = self.session.is_none() && !self.greeting && self.complete && self.accepted;
+        let known = &self.config.known;
+        let heard_of = self.accepted || known.epoch > known.lineage.last().epoch;
+        let alone = self.session.is_none() && self.greeting.is_none() && self.complete && heard_of;
         let changed = || self.collapsed || self.sets.dirty_count() > 0 || self.outbox.in_flight().next().is_some();
         if alone && changed() { self.mint() } else { Ok(()) }
     }
@@ -81,6 +83,13 @@ impl Engine {
 
     /// The standby follows our history from now on.
     fn accept(&mut self) -> Result<(), CaptureError> {
+        let known = &mut self.config.known;
+        // Begun after the hello (an older session's end came in between): nobody has heard of it, and what was changed is shipped in this session.
+        let told = self.greeting.take().filter(|told| *told != known.lineage.generation());
+        if told.is_some_and(|told| known.lineage.withdraw_after(told)) {
+            self.node.set_lineage(&self.config.name, &known.lineage, known.epoch)?;
+            self.accepted = false;
+        }
         if !std::mem::replace(&mut self.accepted, true) {
             self.node.set_value(&accepted_key(&self.config.name), &self.config.known.lineage.generation().to_string())?;
         }
@@ -103,7 +112,6 @@ impl Engine {
             }
             Command::Up { id, out, bulk, peer } => {
                 tracing::info!(mirror = %self.config.name, peer, lsn = %self.outbox.last().lsn, "standby connected");
-                self.greeting = false;
                 self.accept()?;
                 self.session = Some(Session { id, old_jobs: self.bulk.last_id(), out, bulk, heard: Instant::now() });
                 self.collapsed = false;
@@ -118,7 +126,7 @@ impl Engine {
                 }
             }
             Command::Down(id) => {
-                self.greeting = false;
+                self.greeting = None;
                 self.down(Some(id));
             }
             Command::Durable(lsn) => {
@@ -167,11 +175,11 @@ impl Engine {
 
     fn hello(&mut self) -> Result<Hello, CaptureError> {
         self.down(None);
-        self.greeting = true;
         if self.config.known.epoch > self.config.known.lineage.last().epoch {
             // Promoted: what is shipped from here on is this node's.
             self.mint()?;
         }
+        self.greeting = Some(self.config.known.lineage.generation());
         let manifest = self.view.manifest();
         let known = &self.config.known;
         Ok(Hello {
@@ -218,6 +226,8 @@ impl Engine {
             // The terms are our own, and the state that knew them was put back from a copy.
             self.config.known.lineage = lineage.clone();
             self.node.set_lineage(&self.config.name, lineage, self.config.known.epoch)?;
+            self.accepted = false;
+            self.greeting = Some(lineage.generation());
         }
         let generation = self.config.known.lineage.generation();
         if let (Replica::Holds { position, .. }, Relation::Same | Relation::Ahead) = (&welcome.replica, relation)

@@ -73,7 +73,7 @@ pub(super) fn pin(pins: &PinnedPeers, peers: &[PeerSpec]) -> Result<(), Failure>
 struct Agent {
     path: std::path::PathBuf,
     state: std::path::PathBuf,
-    specs: Vec<MirrorSpec>,
+    specs: std::sync::RwLock<Vec<MirrorSpec>>,
     peers: std::sync::RwLock<Vec<PeerSpec>>,
     bounds: Bounds,
     /// Why this agent cannot go on.
@@ -94,19 +94,28 @@ impl Agent {
         pin(&self.pins, &peers)?;
         let mut roles = self.roles.lock().await;
         roles.connect(&peers, &self.endpoints);
-        roles.reselect(&mirrors(&config, &[]));
+        let specs = mirrors(&config, &[]);
+        roles.reselect(&specs);
+        for known in self.specs.write().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+            // Roots and layouts want a restart of the process.
+            if let Some(new) = specs.iter().find(|new| new.name == known.name && new.root == known.root && new.layout == known.layout) {
+                *known = new.clone();
+            }
+        }
         tracing::info!(peers = peers.len(), "configuration read again");
         *self.peers.write().unwrap_or_else(PoisonError::into_inner) = peers;
         Ok(())
     }
 
     /// Stops everything that runs, lets `change` act on the state at rest, and starts again, whatever came of it.
-    fn restart<T>(&self, roles: &mut Roles, change: impl FnOnce() -> T) -> T {
+    fn restart<T>(&self, roles: &mut Roles, change: impl FnOnce() -> T) -> (T, Result<(), String>) {
         tokio::task::block_in_place(|| {
             roles.stop();
             let done = change();
             let not_yet = self.unhealed.names();
-            let whole = self.specs.iter().filter(|spec| !not_yet.contains(&spec.name)).cloned().collect();
+            let specs = self.specs.read().unwrap_or_else(PoisonError::into_inner).clone();
+            let whole = specs.into_iter().filter(|spec| !not_yet.contains(&spec.name)).collect();
+            let mut started_again = Ok(());
             let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner).clone();
             match Roles::start(&self.node, &self.state, whole, &peers, &self.endpoints, self.bounds) {
                 Ok(started) => {
@@ -114,10 +123,11 @@ impl Agent {
                     *roles = started;
                 }
                 Err(error) => {
+                    started_again = Err(format!("the agent cannot go on and ends: {error}"));
                     let _ = self.fatal.try_send(error.into());
                 }
             }
-            done
+            (done, started_again)
         })
     }
 
@@ -133,6 +143,12 @@ impl Agent {
             None => all.into_iter().next(),
         };
         match named {
+            // Given up before, and that did not get to its end: it can be done again.
+            Some(mirror)
+                if mirror.role == not && not == Role::Standby && switch.force && crate::switch::gave_up(&self.state, &mirror.name) =>
+            {
+                Ok(mirror)
+            }
             Some(mirror) if mirror.role == not => {
                 Err(Response::error("refused", format!("mirror `{}`: this node is its {not} already", mirror.name)))
             }
@@ -159,7 +175,9 @@ impl Agent {
                 "its first sync is not complete: the replica is at no point in time and lacks mail (--force takes it as it is)".into(),
             ));
         }
-        let epoch = self.restart(&mut roles, || crate::switch::promote(&self.state, name)).map_err(|error| refused(&error))?;
+        let (done, started) = self.restart(&mut roles, || crate::switch::promote(&self.state, name));
+        let epoch = done.map_err(|error| refused(&error))?;
+        started.map_err(|error| Response::error("promoted", format!("mirror `{name}`: this node is its primary now, but {error}")))?;
         tracing::warn!(mirror = name, epoch = epoch.0, "promoted: this node is the primary from now on");
         Ok(said(format!("Mirror `{name}`: this node is its primary now (epoch {}). Start the mail server.", epoch.0)))
     }
@@ -175,7 +193,9 @@ impl Agent {
                     "it is being healed after a power cut, with the standby's help: see `twinbox status`, and try again when that is over",
                 ));
             }
-            self.restart(&mut roles, || crate::switch::give_up(&self.state, name)).map_err(|error| refused(&error))?;
+            let (done, started) = self.restart(&mut roles, || crate::switch::give_up(&self.state, name));
+            done.map_err(|error| refused(&error))?;
+            started.map_err(|error| Response::error("demoted", format!("mirror `{name}`: this node is a standby now, but {error}")))?;
             tracing::warn!(mirror = name, "given up: this node follows the other one; what that lacks will be in rescue");
             return Ok(said(format!(
                 "Mirror `{name}`: this node is its standby now. It compares its files with the other node as soon as that is primary; what that one lacks will be in {}.",
@@ -191,9 +211,11 @@ impl Agent {
         if !matches!(timeout(DRAIN, capture.ask(Command::Sync)).await, Ok(Some(()))) {
             return Err(no("the standby did not get everything in time: stop the mail server first, then try again"));
         }
-        let spec = self.specs.iter().find(|spec| spec.name == name).ok_or_else(|| no("it is not configured any more"))?;
-        let done = self.restart(&mut roles, || crate::switch::demote(&self.state, name, &spec.root, &spec.selection));
+        let spec = self.specs.read().unwrap_or_else(PoisonError::into_inner).iter().find(|spec| spec.name == name).cloned();
+        let spec = spec.ok_or_else(|| no("it is not configured any more"))?;
+        let (done, started) = self.restart(&mut roles, || crate::switch::demote(&self.state, name, &spec.root, &spec.selection));
         done.map_err(|error| refused(&error))?;
+        started.map_err(|error| Response::error("demoted", format!("mirror `{name}`: this node is a standby now, but {error}")))?;
         tracing::warn!(mirror = name, "demoted: this node is a standby from now on");
         Ok(said(format!("Mirror `{name}`: this node is a standby now. Run `twinbox promote` on the other one, or here to take it back.")))
     }
@@ -270,7 +292,8 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     let (fatal, mut failed_for_good) = mpsc::channel(1);
     let agent = Arc::new(Agent {
         state: config.state.clone(),
-        specs: specs.clone(),
+        // An operator's word about files that were there counts for this start alone.
+        specs: std::sync::RwLock::new(specs.iter().map(|spec| MirrorSpec { adopt: false, ..spec.clone() }).collect()),
         peers: std::sync::RwLock::new(peers.clone()),
         bounds,
         fatal,
@@ -352,7 +375,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             }
             Some(()) = healed.recv() => {
                 let mut roles = agent.roles.lock().await;
-                agent.restart(&mut roles, || ());
+                let _ = agent.restart(&mut roles, || ()); // An error ends the loop by `fatal`.
             }
             Some(failure) = failed_for_good.recv() => {
                 ended = Some(failure);

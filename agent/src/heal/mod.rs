@@ -176,8 +176,8 @@ pub fn need(node: &str, state_dir: &Path, spec: MirrorSpec, force: bool) -> Resu
         Err(RoleError::OtherMachine {}) if spec.adopt => crate::roles::bind_root(&state, &spec)?,
         bound => bound?,
     }
-    if history.reserved == Lsn::ZERO {
-        // No transaction was ever numbered, so the standby has nothing that this disk could lack.
+    if history.reserved <= mark.lsn {
+        // No transaction was ever numbered above what is durable here (none at all, or none since this node was promoted), so the standby has nothing that this disk could lack.
         state.set_local_mark(&spec.name, &LocalMark { boot, ..mark })?;
         return Ok(None);
     }

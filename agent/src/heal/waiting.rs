@@ -49,16 +49,19 @@ impl Unhealed {
 
     /// Has a mirror not be healed: waits until nothing works on it any more. `false`: not in time, and it is healed on.
     pub async fn give_up(&self, name: &str, limit: Duration) -> bool {
-        let Some(said) = self.lock().insert(name.to_owned(), None) else { return true };
+        let Some(said) = self.lock().get_mut(name).map(Option::take) else { return true };
         let deadline = Instant::now() + limit;
-        while self.lock().contains_key(name) {
-            if Instant::now() >= deadline {
-                self.lock().insert(name.to_owned(), said);
-                return false;
+        loop {
+            if let Some(wanted) = self.lock().get_mut(name) {
+                if Instant::now() >= deadline {
+                    *wanted = said;
+                    return false;
+                }
+            } else {
+                return true;
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep_until(Instant::now() + LOOK).await;
         }
-        true
     }
 
     fn remove(&self, name: &str) {

@@ -312,9 +312,9 @@ impl Server {
             return Err((RefuseCode::Version, message));
         }
         let state = NodeState::open(&self.state_dir).and_then(|node| node.mirror(&hello.mirror)).map_err(|e| failed(&e))?;
-        // Files that the operator had taken over follow whoever is primary: they are of no history yet, and nothing of them is lost.
-        let adopted = served.handle.status().adopted;
-        if let Some(state) = state.as_ref().filter(|state| !adopted || state.role == Role::Primary) {
+        // A node that has given up follows whoever is primary: what it lacks here is kept.
+        let gave_up = crate::switch::gave_up(&self.state_dir, &hello.mirror);
+        if let Some(state) = state.as_ref().filter(|state| !gave_up || state.role == Role::Primary) {
             if state.role == Role::Primary {
                 return Err((RefuseCode::Diverged, two_primaries(&self.node, hello, state)));
             }
@@ -358,16 +358,20 @@ impl Server {
     fn adopt_history(&self, hello: &Hello, served: &Served) -> Result<(), ServeError> {
         let node = NodeState::open(&self.state_dir)?;
         let known = node.mirror(&hello.mirror)?;
+        let longer = known.as_ref().filter(|known| relation(known, hello) == Relation::Behind).map(|known| known.lineage.clone());
         let state = MirrorState {
             mirror_id: hello.mirror_id,
             role: Role::Standby,
-            lineage: hello.lineage.clone(),
+            // Not back to a hello of before this primary remembered its own newest terms.
+            lineage: longer.unwrap_or_else(|| hello.lineage.clone()),
             epoch: hello.epoch,
             digest_key: hello.digest_key,
             reserved: known.as_ref().map_or_else(Default::default, |s| s.reserved),
             complete: known.is_some_and(|s| s.complete),
         };
-        node.set_mirror(&hello.mirror, &state)?;
+        if !node.follow(&hello.mirror, &state)? {
+            return Err(ServeError::Protocol("this node was promoted"));
+        }
         served.handle.follow(state.lineage, state.epoch);
         Ok(())
     }

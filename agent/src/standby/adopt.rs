@@ -58,7 +58,7 @@ fn skipped(path: &RelPath, error: Errno) {
 }
 
 /// Names that are never mirrored.
-fn ours(path: &RelPath) -> bool {
+pub(super) fn ours(path: &RelPath) -> bool {
     path.name().starts_with(b".twinbox-") || path.as_bytes() == b"lost+found"
 }
 

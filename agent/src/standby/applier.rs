@@ -29,6 +29,7 @@ use super::patch::Trees;
 use super::receiver::Event;
 use super::replica::Replica;
 use super::rescue::Rescue;
+use super::rescue::Why;
 use super::shared::{Alive, Shared};
 use super::staging::Staging;
 
@@ -473,8 +474,10 @@ impl Applier {
             (self.on_complete)(complete);
         }
         if complete && self.adopting {
+            self.keep_what_nobody_knows()?;
             self.adopting = false;
             let _ = std::fs::remove_file(&self.adopting_mark);
+            let _ = std::fs::remove_file(self.adopting_mark.with_file_name(crate::switch::GAVE_UP));
         }
         if seal.digest != self.manifest.digest() {
             let detail = if self.trouble.is_empty() { "digests".to_owned() } else { self.trouble.join("; ") };
@@ -486,6 +489,34 @@ impl Applier {
             }
         } else if let Some(first) = self.trouble.first() {
             self.shared.problem(first.clone());
+        }
+        Ok(())
+    }
+
+    /// Everything was taken over: a path that has no row by now is one that the primary does not have (of several names of one file only the first had got a row). It would come back with the next change of roles.
+    fn keep_what_nobody_knows(&mut self) -> Result<(), StandbyError> {
+        let mut stack = vec![RelPath::root()];
+        while let Some(dir) = stack.pop() {
+            let Ok(children) = super::rescue::children(&mut self.replica, &dir) else { continue };
+            for path in children {
+                if super::adopt::ours(&path) {
+                    continue;
+                }
+                match self.manifest.row(&path)? {
+                    Some(row) if row.entry.is_dir() => stack.push(path),
+                    Some(_) => {}
+                    None => match self.rescue.take(&mut self.replica, &path, Why::Adopt) {
+                        Ok(kept) => {
+                            self.rescued += 1;
+                            tracing::warn!(kept = %kept.display(), "the primary does not have this path: it is kept");
+                        }
+                        Err(error) => {
+                            tracing::error!(%error, "a path that the primary does not have could not be moved to rescue");
+                            self.shared.problem(format!("{path}: cannot be moved to rescue ({error}); move it away yourself"));
+                        }
+                    },
+                }
+            }
         }
         Ok(())
     }

@@ -24,6 +24,7 @@ use super::rescue::Rescue;
 use super::shared::Shared;
 use super::staging::Staging;
 use super::{Standby, StandbyConfig, StandbyHandle};
+use crate::switch::{ADOPTING, GAVE_UP};
 use crate::tree::{self, Root};
 
 fn secs() -> u64 {
@@ -65,6 +66,12 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
     let (manifest_path, redo_dir) = (state_dir.join("manifest.db"), state_dir.join("redo"));
 
     let mut rebuild = false;
+    // A primary that gave up: whatever it has is compared, whatever its manifest says.
+    let gave_up = state_dir.join(GAVE_UP).exists();
+    if gave_up && !state_dir.join(ADOPTING).exists() {
+        set_aside(&state_dir, "gave-up")?;
+        rebuild = true;
+    }
     let mut manifest = match Manifest::open(&manifest_path, true) {
         Err(error) if error.is_damage() => {
             tracing::error!(%error, "the manifest is damaged: it is set aside and rebuilt from the replica's files");
@@ -99,7 +106,7 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
     write_synced(&mark, &ino.to_string())?;
 
     let mut replica = Replica::new(root);
-    let adopting_mark = state_dir.join("adopting");
+    let adopting_mark = state_dir.join(ADOPTING);
     if rebuild {
         drop((manifest, log));
         if !fresh {
