@@ -54,11 +54,17 @@ impl Origins {
 
     /// Where the row of `path` is.
     pub(super) fn of(&self, path: &RelPath) -> RelPath {
+        if self.rows.is_empty() {
+            return path.clone(); // As nearly always: no walk up for each file that is looked at.
+        }
         nearest(path, |dir| self.rows.get(dir))
     }
 
     /// Where what has its row at `origin` is by now.
     pub(super) fn now_at(&self, origin: &RelPath) -> RelPath {
+        if self.now.is_empty() {
+            return origin.clone();
+        }
         nearest(origin, |dir| self.now.get(dir).and_then(BTreeSet::last))
     }
 }
