@@ -165,6 +165,11 @@ pub(crate) fn bind_root(state: &NodeState, spec: &MirrorSpec) -> Result<(), Role
     }
 }
 
+/// Where a mirror's own state lies: manifest, redo log, staging, rescue.
+pub(crate) fn mirror_dir(state_dir: &std::path::Path, mirror: &str) -> PathBuf {
+    state_dir.join("mirrors").join(mirror)
+}
+
 struct Primary {
     spec: MirrorSpec,
     history: History,
@@ -225,7 +230,7 @@ impl Roles {
         let order = mirrors.iter().map(|m| m.name.clone()).collect();
         let mut roles = Roles { primaries: vec![], replicas: vec![], servers: vec![], server: None, order, state_dir: state_dir.into() };
         for spec in mirrors {
-            let mirror_dir = state_dir.join("mirrors").join(&spec.name);
+            let mirror_dir = mirror_dir(state_dir, &spec.name);
             std::fs::create_dir_all(&mirror_dir).map_err(|source| RoleError::Dir { path: mirror_dir.clone(), source })?;
             let known = state.mirror(&spec.name)?;
             bind_root(&state, &spec)?;

@@ -4,7 +4,7 @@
 //! that the next start would not put right. Does not stop or start anything.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{self as rfs, FileType};
 use rustix::io::Errno;
@@ -19,6 +19,7 @@ use twinbox_resync::schema::StateError;
 
 use crate::heal::boot_id;
 use crate::layout::Selection;
+use crate::roles::mirror_dir;
 use crate::standby::copy;
 use crate::tree::{self, Root};
 
@@ -83,10 +84,6 @@ fn known(node: &NodeState, mirror: &str, not: Role) -> Result<MirrorState, Switc
     }
 }
 
-fn mirror_dir(state_dir: &Path, mirror: &str) -> PathBuf {
-    state_dir.join("mirrors").join(mirror)
-}
-
 /// The standby of a mirror becomes its primary: the manifest stays as it is, which is what any other node is compared with when it comes back. Gives the new epoch.
 ///
 /// # Errors
@@ -97,11 +94,11 @@ pub fn promote(state_dir: &Path, mirror: &str) -> Result<Epoch, SwitchError> {
     let mut known = known(&node, mirror, Role::Primary)?;
     let dir = mirror_dir(state_dir, mirror);
     let manifest = Manifest::open(&dir.join("manifest.db"), true)?;
-    let applied = manifest.position().map_err(|e| manifest.state_error(&e))?.lsn;
+    let position = manifest.position().map_err(|e| manifest.state_error(&e))?;
+    let applied = position.lsn;
     let redo = dir.join("redo");
     if redo.exists() {
-        let log = RedoLog::open(&redo, manifest.position().map_err(|e| manifest.state_error(&e))?);
-        let durable = log.map_err(|error| io(std::io::Error::other(error)))?.sealed().lsn;
+        let durable = RedoLog::open(&redo, position).map_err(|error| io(std::io::Error::other(error)))?.sealed().lsn;
         if durable > applied {
             return Err(SwitchError::Behind { mirror: mirror.into(), durable, applied });
         }
@@ -113,7 +110,9 @@ pub fn promote(state_dir: &Path, mirror: &str) -> Result<Epoch, SwitchError> {
     // The last checkpoint of the standby synced the replica: this disk has all that was ever numbered. Without this mark one of an earlier time as primary would call for a heal.
     node.set_local_mark(mirror, &LocalMark { boot: boot_id().map_err(io)?, lsn: known.reserved, clean: false })?;
     node.set_mirror(mirror, &known)?;
-    remove(&dir.join(ADOPTING)).and_then(|()| remove(&dir.join(GAVE_UP))).map_err(io)?;
+    for mark in [ADOPTING, GAVE_UP] {
+        or_absent(fs::remove_file(dir.join(mark))).map_err(io)?;
+    }
     Ok(known.epoch)
 }
 
@@ -132,8 +131,9 @@ pub fn demote(state_dir: &Path, mirror: &str, root: &Path, selection: &Selection
         return Err(SwitchError::Changed { mirror: mirror.into(), count, first });
     }
     // Of an earlier time as standby.
-    remove_all(&dir.join("redo")).map_err(io)?;
-    remove_all(&dir.join("staging")).map_err(io)?;
+    for part in ["redo", "staging"] {
+        or_absent(fs::remove_dir_all(dir.join(part))).map_err(io)?;
+    }
     manifest.prune_gone(Lsn::MAX).map_err(|e| manifest.state_error(&e))?;
     drop(manifest);
     known.role = Role::Standby;
@@ -153,7 +153,7 @@ pub fn give_up(state_dir: &Path, mirror: &str) -> Result<(), SwitchError> {
         Some(known) if gave_up(state_dir, mirror) => known,
         _ => known(&node, mirror, Role::Standby)?,
     };
-    remove(&dir.join(ADOPTING)).map_err(io)?;
+    or_absent(fs::remove_file(dir.join(ADOPTING))).map_err(io)?;
     fs::write(dir.join(GAVE_UP), "").map_err(io)?;
     fs::File::open(dir.join(GAVE_UP)).and_then(|file| file.sync_all()).map_err(io)?;
     fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(io)?;
@@ -174,15 +174,9 @@ pub fn gave_up(state_dir: &Path, mirror: &str) -> bool {
     mirror_dir(state_dir, mirror).join(GAVE_UP).exists()
 }
 
-fn remove(path: &Path) -> std::io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-fn remove_all(dir: &Path) -> std::io::Result<()> {
-    match fs::remove_dir_all(dir) {
+/// A removal of what need not be there.
+fn or_absent(removed: std::io::Result<()>) -> std::io::Result<()> {
+    match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

@@ -167,12 +167,19 @@ impl NodeState {
     /// # Errors
     /// [`StateError`].
     pub fn set_mirror(&self, name: &str, state: &MirrorState) -> Result<(), StateError> {
+        self.insert_mirror("INSERT OR REPLACE", name, state.role, state, "").map(|_| ())
+    }
+
+    /// Inserts what is known of a mirror, all of it; gives the number of rows written.
+    fn insert_mirror(&self, insert: &str, name: &str, role: Role, state: &MirrorState, or: &str) -> Result<usize, StateError> {
         let done = self.db.execute(
-            "INSERT OR REPLACE INTO mirror (name, mirror_id, role, generation, epoch, digest_key, reserved, complete, lineage) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)",
+            &format!(
+                "{insert} INTO mirror (name, mirror_id, role, generation, epoch, digest_key, reserved, complete, lineage) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9) {or}"
+            ),
             params![
                 name,
                 state.mirror_id.0,
-                state.role.as_str(),
+                role.as_str(),
                 state.lineage.generation().0,
                 state.epoch.0 as i64,
                 state.digest_key.0,
@@ -181,7 +188,7 @@ impl NodeState {
                 codec::encode(&state.lineage)
             ],
         );
-        self.sorted(done).map(|_| ())
+        self.sorted(done)
     }
 
     /// A standby follows this history from now on; `false`, and nothing is stored, when this node is not standby of that mirror any more. Durable when it returns.
@@ -189,22 +196,9 @@ impl NodeState {
     /// # Errors
     /// [`StateError`].
     pub fn follow(&self, name: &str, state: &MirrorState) -> Result<bool, StateError> {
-        let done = self.db.execute(
-            "INSERT INTO mirror (name, mirror_id, role, generation, epoch, digest_key, reserved, complete, lineage) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)
-             ON CONFLICT (name) DO UPDATE SET mirror_id = ?2, generation = ?4, epoch = ?5, digest_key = ?6, lineage = ?9 WHERE role = ?3",
-            params![
-                name,
-                state.mirror_id.0,
-                Role::Standby.as_str(),
-                state.lineage.generation().0,
-                state.epoch.0 as i64,
-                state.digest_key.0,
-                state.reserved.0 as i64,
-                state.complete,
-                codec::encode(&state.lineage)
-            ],
-        );
-        Ok(self.sorted(done)? == 1)
+        let or =
+            "ON CONFLICT (name) DO UPDATE SET mirror_id = ?2, generation = ?4, epoch = ?5, digest_key = ?6, lineage = ?9 WHERE role = ?3";
+        Ok(self.insert_mirror("INSERT", name, Role::Standby, state, or)? == 1)
     }
 
     /// Notes which history a mirror follows; durable when it returns.

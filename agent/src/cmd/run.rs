@@ -26,6 +26,7 @@ use crate::link::paths::Paths;
 use crate::net::{Endpoint, Fingerprint, NodeKey, PinnedPeers, Tuning};
 use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
 use crate::status::{MirrorStatus, SCHEMA, Status};
+use crate::switch::SwitchError;
 
 /// How long giving a mirror up waits for a heal that is under way.
 const HEAL_ENDS: Duration = Duration::from_secs(30);
@@ -175,9 +176,7 @@ impl Agent {
                 "its first sync is not complete: the replica is at no point in time and lacks mail (--force takes it as it is)".into(),
             ));
         }
-        let (done, started) = self.restart(&mut roles, || crate::switch::promote(&self.state, name));
-        let epoch = done.map_err(|error| refused(&error))?;
-        started.map_err(|error| Response::error("promoted", format!("mirror `{name}`: this node is its primary now, but {error}")))?;
+        let epoch = outcome(name, "promoted", "its primary", self.restart(&mut roles, || crate::switch::promote(&self.state, name)))?;
         tracing::warn!(mirror = name, epoch = epoch.0, "promoted: this node is the primary from now on");
         Ok(said(format!("Mirror `{name}`: this node is its primary now (epoch {}). Start the mail server.", epoch.0)))
     }
@@ -193,13 +192,11 @@ impl Agent {
                     "it is being healed after a power cut, with the standby's help: see `twinbox status`, and try again when that is over",
                 ));
             }
-            let (done, started) = self.restart(&mut roles, || crate::switch::give_up(&self.state, name));
-            done.map_err(|error| refused(&error))?;
-            started.map_err(|error| Response::error("demoted", format!("mirror `{name}`: this node is a standby now, but {error}")))?;
+            outcome(name, "demoted", "a standby", self.restart(&mut roles, || crate::switch::give_up(&self.state, name)))?;
             tracing::warn!(mirror = name, "given up: this node follows the other one; what that lacks will be in rescue");
             return Ok(said(format!(
                 "Mirror `{name}`: this node is its standby now. It compares its files with the other node as soon as that is primary; what that one lacks will be in {}.",
-                self.state.join("mirrors").join(name).join("rescue").display()
+                crate::roles::mirror_dir(&self.state, name).join("rescue").display()
             )));
         }
         let capture = roles.captures().into_iter().find(|(of, _)| of == name).map(|(_, capture)| capture);
@@ -213,9 +210,8 @@ impl Agent {
         }
         let spec = self.specs.read().unwrap_or_else(PoisonError::into_inner).iter().find(|spec| spec.name == name).cloned();
         let spec = spec.ok_or_else(|| no("it is not configured any more"))?;
-        let (done, started) = self.restart(&mut roles, || crate::switch::demote(&self.state, name, &spec.root, &spec.selection));
-        done.map_err(|error| refused(&error))?;
-        started.map_err(|error| Response::error("demoted", format!("mirror `{name}`: this node is a standby now, but {error}")))?;
+        let done = self.restart(&mut roles, || crate::switch::demote(&self.state, name, &spec.root, &spec.selection));
+        outcome(name, "demoted", "a standby", done)?;
         tracing::warn!(mirror = name, "demoted: this node is a standby from now on");
         Ok(said(format!("Mirror `{name}`: this node is a standby now. Run `twinbox promote` on the other one, or here to take it back.")))
     }
@@ -244,8 +240,11 @@ impl Agent {
     }
 }
 
-fn refused(error: &crate::switch::SwitchError) -> Response {
-    Response::error("refused", error.to_string())
+/// What a change of role came to: refused, or made, and then the agent went on or could not.
+fn outcome<T>(mirror: &str, code: &str, role: &str, (done, started): (Result<T, SwitchError>, Result<(), String>)) -> Result<T, Response> {
+    let done = done.map_err(|error| Response::error("refused", error.to_string()))?;
+    started.map_err(|error| Response::error(code, format!("mirror `{mirror}`: this node is {role} now, but {error}")))?;
+    Ok(done)
 }
 
 fn said(text: String) -> Response {

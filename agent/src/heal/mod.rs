@@ -158,7 +158,7 @@ pub fn need(node: &str, state_dir: &Path, spec: MirrorSpec, force: bool) -> Resu
     let state = NodeState::open(state_dir)?;
     let Some(history) = state.mirror(&spec.name)?.filter(|history| history.role == Role::Primary) else { return Ok(None) };
     let boot = boot_id().map_err(HealError::Boot)?;
-    let mirror_dir = state_dir.join("mirrors").join(&spec.name);
+    let mirror_dir = crate::roles::mirror_dir(state_dir, &spec.name);
     let Some(mark) = state.local_mark(&spec.name)? else { return Ok(None) };
     if mark.boot == boot && !force {
         return Ok(None);

@@ -253,9 +253,7 @@ impl Server {
                             }
                         }
                         ToStandby::Begin { from, reset } if session.is_none() => {
-                            if reset || self.is_longer(&hello)? {
-                                self.adopt_history(&hello, served)?;
-                            }
+                            self.adopt_history(&hello, served, reset)?;
                             let begun = served.handle.begin(from, reset, out.clone()).await?;
                             let begun = Arc::new(begun);
                             if let Ok(mut all) = sessions.lock() {
@@ -348,17 +346,16 @@ impl Server {
         served.handle.replica(hello).await.map_err(|refusal| (refusal.code, refusal.message))
     }
 
-    /// Whether a primary's history goes on from the one known here.
-    fn is_longer(&self, hello: &Hello) -> Result<bool, ServeError> {
-        let known = NodeState::open(&self.state_dir)?.mirror(&hello.mirror)?;
-        Ok(known.is_some_and(|known| relation(&known, hello) == Relation::Ahead || known.epoch < hello.epoch))
-    }
-
-    /// The replica is this primary's from now on: remember its history before anything of it is written.
-    fn adopt_history(&self, hello: &Hello, served: &Served) -> Result<(), ServeError> {
+    /// The replica is this primary's from now on, if it begins anew (`reset`) or that one's history goes on from the one known here: remember it before anything of it is written.
+    fn adopt_history(&self, hello: &Hello, served: &Served, reset: bool) -> Result<(), ServeError> {
         let node = NodeState::open(&self.state_dir)?;
         let known = node.mirror(&hello.mirror)?;
-        let longer = known.as_ref().filter(|known| relation(known, hello) == Relation::Behind).map(|known| known.lineage.clone());
+        let relation = known.as_ref().map(|known| relation(known, hello));
+        let goes_on = relation == Some(Relation::Ahead) || known.as_ref().is_some_and(|known| known.epoch < hello.epoch);
+        if !reset && !goes_on {
+            return Ok(());
+        }
+        let longer = known.as_ref().filter(|_| relation == Some(Relation::Behind)).map(|known| known.lineage.clone());
         let state = MirrorState {
             mirror_id: hello.mirror_id,
             role: Role::Standby,
