@@ -90,9 +90,14 @@ impl Drop for End<'_> {
     }
 }
 
-/// A Dovecot under load whose mirror's standby is killed `kills` times in `time`: a second Dovecot on a copy of each recovered replica must find nothing wrong. Gives the messages it showed each time.
+/// Users whose mailboxes are read after each kill of many, and everybody's after each [`ALL_EVERY`]th: a replica of many messages takes longer to read than the time between two kills.
+const READ: usize = 4;
+const ALL_EVERY: usize = 20;
+
+/// A Dovecot under load whose mirror's standby is killed `kills` times in `time`: a second Dovecot on a copy of each recovered replica must find nothing wrong. Gives the messages it showed each time, and
+/// of how many users.
 #[must_use]
-pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<usize> {
+pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<(usize, usize)> {
     let seed = Seed::from_env();
     let scratch = Scratch::new("besieged-mail");
     let root = dovecot::store(&scratch, "store");
@@ -119,11 +124,17 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<usize> {
             let jitter = Duration::from_micros(rng.below(share.as_micros().min(1_000_000) as usize / 2 + 1) as u64);
             nap_until((began + share * kill as u32).max(Instant::now()) + share / 4 + jitter);
             recovered_alone(&mut pair, &cable);
+            let mut some = users.clone();
+            while kills > ALL_EVERY && (kill + 1) % ALL_EVERY != 0 && some.len() > READ {
+                some.swap_remove(rng.below(some.len()));
+            }
             // A Dovecot changes what it opens.
             let copy = scratch.join("copy");
             let _ = std::fs::remove_dir_all(&copy);
-            let done = Command::new("cp").arg("-a").arg(&replica).arg(&copy).status().expect("cp");
-            assert!(done.success());
+            let copy = dovecot::store(&scratch, "copy");
+            let theirs = some.iter().map(|user| replica.join(user)).filter(|dir| dir.exists());
+            let done = Command::new("cp").arg("-a").args(theirs).arg(&copy).status().expect("cp");
+            assert!(done.success() || std::fs::read_dir(&replica).is_ok_and(|mut dir| dir.next().is_none()));
             if Scratch::is_kept() {
                 // As it was, for whoever looks into it.
                 let untouched = scratch.join("untouched");
@@ -132,11 +143,13 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<usize> {
             }
             cable.restore();
             let reader = Dovecot::start(&copy, layout);
-            let dump = reader.dump(&users);
+            let dump = reader.dump(&some);
             let complaints = reader.complaints();
             assert!(complaints.is_empty(), "kill {kill}: the recovered replica is not sound:\n{}", complaints.join("\n"));
             reader.stop();
-            shown.push(dump.values().flat_map(|account| account.mailboxes.values()).map(|mailbox| mailbox.messages.len()).sum());
+            let messages = dump.values().flat_map(|account| account.mailboxes.values()).map(|mailbox| mailbox.messages.len()).sum();
+            shown.push((messages, some.len()));
+            eprintln!("kill {kill}, {} s: {messages} messages of {} users, sound", began.elapsed().as_secs(), some.len());
         }
         drop(_rest);
         load.join().expect("the load panicked")

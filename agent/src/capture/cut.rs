@@ -439,7 +439,8 @@ impl Engine {
                     let needs = self.group_of_marked(&path);
                     self.sets.join(first, &needs);
                 }
-                for moved in hints.into_iter().map(|h| h.to).chain(self.sets.distrust()).chain([path.clone()]) {
+                let (to, from) = self.sets.distrust();
+                for moved in hints.into_iter().flat_map(|h| [h.from, h.to]).chain(from).chain(to).chain([path.clone()]) {
                     self.mark_again(&moved);
                     if moved == path || self.watch.at(&moved).is_some() {
                         self.scan.push(moved);

@@ -362,6 +362,26 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
     }
 
+    /// Of these, such as were compared with what the standby has (or is to be sent).
+    #[must_use]
+    pub fn on_the_standby(&self) -> Vec<RelPath> {
+        use twinbox_resync::plan::Body;
+        let rests = |seen: &Seen| match seen {
+            Seen::Absent => false,
+            Seen::Present(found) => found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_)),
+            Seen::Skip => true,
+        };
+        let of = |g: &GroupState| {
+            g.captured
+                .iter()
+                .filter(|(_, seen)| rests(seen))
+                .map(|(path, _)| path.clone())
+                .chain(g.staging.keys().cloned())
+                .collect::<Vec<_>>()
+        };
+        self.groups.values().flat_map(of).collect()
+    }
+
     /// Files of these groups that were seen and have more than one name.
     pub fn linked<'a>(&'a self, names: &'a BTreeSet<Group>) -> impl Iterator<Item = (&'a RelPath, (u64, u64, Time))> {
         let states = names.iter().filter_map(|name| self.groups.get(name));
@@ -657,11 +677,11 @@ impl DirtySets {
         *self = DirtySets { round: self.round, renames: self.renames, held, ..DirtySets::default() };
     }
 
-    /// Forgets every rename seen: gives the new names, which must be compared anew with all that is below them.
-    pub fn distrust(&mut self) -> Vec<RelPath> {
+    /// Forgets every rename seen: gives the new names, which must be compared anew with all that is below them, then the old ones, where something else may be by now.
+    pub fn distrust(&mut self) -> (Vec<RelPath>, Vec<RelPath>) {
         self.origins.clear();
         self.hints = 0;
-        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|seen| seen.hint.to).collect()
+        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|seen| (seen.hint.to, seen.hint.from)).unzip()
     }
 }
 

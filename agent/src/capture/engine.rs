@@ -819,8 +819,11 @@ impl Engine {
 
     /// Where renames led is compared as if nothing were known of it: there are too many, or the rows it was compared with under its old name are not those any more.
     pub(super) fn distrust_renames(&mut self) {
-        for path in self.sets.distrust() {
-            self.mark(&path, true, true, false);
+        let (to, from) = self.sets.distrust();
+        for path in &to {
+            self.mark(path, true, true, false);
+        }
+        for path in from.into_iter().chain(to) {
             // A directory that is not watched yet is going to be listed, or is none: files are looked at one by one.
             if self.watch.at(&path).is_some() {
                 self.scan.push(path);

@@ -406,21 +406,17 @@ impl Engine {
         // The txn waited for may never arrive, and its number be passed by others: what is dirty then is waited for instead.
         self.restart_waiters();
         self.bulk.session_ended();
-        self.larges.clear();
-        // Observations may rest on contents the standby turns out not to have.
-        let mut again = vec![];
-        let names: Vec<_> = self.sets.groups().map(|(name, _)| name.clone()).collect();
-        for name in names {
-            let group = self.sets.group(&name);
-            again.extend(group.captured.keys().chain(group.staging.keys()).cloned());
-        }
-        for path in again {
+        // Observations may rest on contents the standby turns out not to have. What was read whole, or seen to be gone, is so whatever the standby has, and is kept: under a load that never ends a
+        // standby that comes and goes would otherwise be sent nothing but beginnings.
+        for path in self.sets.on_the_standby() {
+            self.larges.remove(&path);
             self.mark(&path, true, false, false);
         }
         if !self.complete {
             // Nothing of a first sync is kept in memory while nobody takes it.
             self.sets.clear();
             self.fresh.clear();
+            self.larges.clear();
             self.scan.clear();
             self.compare = true;
         }

@@ -23,7 +23,7 @@ fn main() {
         let share = layouts.len().max(1) as u32;
         for layout in layouts {
             println!(
-                "{}: messages shown after each kill: {:?}",
+                "{}: messages shown after each kill, and of how many users: {:?}",
                 layout.name(),
                 besieged::mail(layout, time / share, kills / share as usize)
             );
