@@ -37,6 +37,17 @@ pub fn create(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     File::open(&directory)?.sync_all()
 }
 
+/// Writes a file with `mode`, new or instead of what is there.
+pub fn write(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    let directory = parent(path);
+    let mut temp = temp_in(&directory)?;
+    temp.write_all(content)?;
+    temp.as_file().set_permissions(Permissions::from_mode(mode))?;
+    temp.as_file().sync_all()?;
+    temp.persist(path).map_err(|error| error.error)?;
+    File::open(&directory)?.sync_all()
+}
+
 fn temp_in(directory: &Path) -> io::Result<tempfile::NamedTempFile> {
     tempfile::Builder::new().prefix(".twinbox-").tempfile_in(directory)
 }

@@ -71,6 +71,9 @@ pub enum Command {
     /// Give a mirror up: this primary becomes its standby
     #[command(after_long_help = help::demote())]
     Demote(SwitchArgs),
+    /// A node that was primary is back: merge what it has alone into the other one, and follow that
+    #[command(after_long_help = help::resync())]
+    Resync(ResyncArgs),
     /// How well is the mail protected?
     #[command(after_long_help = help::status())]
     Status(StatusArgs),
@@ -258,6 +261,54 @@ pub struct SwitchArgs {
     /// Although something speaks against it; what that can cost is said without it
     #[arg(long)]
     pub force: bool,
+}
+
+/// `twinbox resync`
+#[derive(Debug, Args)]
+pub struct ResyncArgs {
+    /// Which half.
+    #[command(subcommand)]
+    pub command: ResyncCommand,
+}
+
+/// Halves of a resync.
+#[derive(Debug, Subcommand)]
+pub enum ResyncCommand {
+    /// Show what this node has alone and what would become of it; nothing is changed
+    #[command(after_long_help = help::resync())]
+    Plan(ResyncWhat),
+    /// Do it; then this node is a standby in sync. May be interrupted, and run again
+    #[command(after_long_help = help::resync())]
+    Apply(ResyncWhat),
+}
+
+/// What `twinbox resync plan` and `apply` are told.
+#[derive(Debug, Args)]
+pub struct ResyncWhat {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Which mirror; needed when there are several
+    #[arg(short, long, value_name = "MIRROR")]
+    pub mirror: Option<MirrorName>,
+    /// The node that stays as it is, when nobody else can tell: both were promoted apart
+    #[arg(long, value_name = "NODE")]
+    pub winner: Option<NodeName>,
+    /// What becomes of what this node has alone
+    #[arg(long, value_enum, default_value_t = ResyncPolicy::Merge)]
+    pub policy: ResyncPolicy,
+    /// Print it as one JSON object (docs/resync.md)
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What becomes of what a returning node has alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ResyncPolicy {
+    /// Messages, flags and folders of a Maildir go to the other node; the rest is kept in rescue
+    Merge,
+    /// Everything is kept in rescue
+    Rescue,
 }
 
 /// `twinbox reload`

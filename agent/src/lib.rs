@@ -18,6 +18,7 @@ pub mod local;
 pub mod names;
 pub mod nearest;
 pub mod net;
+pub mod resync;
 pub mod roles;
 pub mod standby;
 pub mod status;

@@ -46,6 +46,7 @@ async fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Heal(args) => cmd::heal::run(&args, quiet).await,
         Command::Run(args) => cmd::run::run(&args).await,
         Command::Promote(args) => cmd::switch::run(&args, true, quiet).await,
+        Command::Resync(args) => cmd::resync::run(&args, quiet).await,
         Command::Demote(args) => cmd::switch::run(&args, false, quiet).await,
         Command::Reload(args) => cmd::status::reload(&args, quiet).await,
         Command::Status(args) => cmd::status::run(&args).await,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use twinbox_protocol::digest::DigestKey;
 use twinbox_protocol::ids::{Epoch, Generation, Incarnation, Lsn, MirrorId};
@@ -24,6 +25,7 @@ use crate::link::paths::Paths;
 use crate::link::primary::{self, PeerLink};
 use crate::link::standby::{Served, Server};
 use crate::net::{Endpoint, Fingerprint};
+use crate::resync::serve::Lent;
 use crate::standby::{Standby, StandbyConfig, StandbyError, StandbyHandle};
 use crate::status::{
     LastError, Lsns, MirrorState, MirrorStatus, PeerStatus, Pending, Rates, Stalled, SyncProgress, Totals, Unreadable, Watches, rfc3339,
@@ -202,6 +204,16 @@ impl Replica {
     }
 }
 
+/// A mirror this node was primary of, until it has been resynced.
+struct Returning {
+    spec: MirrorSpec,
+    history: History,
+    progress: ReturnProgress,
+}
+
+/// How far a resync is; `None` while there is none.
+pub type ReturnProgress = Arc<Mutex<Option<SyncProgress>>>;
+
 /// All mirrors of a node, running.
 pub struct Roles {
     primaries: Vec<Primary>,
@@ -210,6 +222,8 @@ pub struct Roles {
     server: Option<Arc<Server>>,
     order: Vec<String>,
     state_dir: PathBuf,
+    returning: Vec<Returning>,
+    superseded: Option<mpsc::Receiver<String>>,
 }
 
 impl Roles {
@@ -228,12 +242,16 @@ impl Roles {
         let state = NodeState::open(state_dir)?;
         let incarnation = Incarnation(random()?);
         let order = mirrors.iter().map(|m| m.name.clone()).collect();
-        let mut roles = Roles { primaries: vec![], replicas: vec![], servers: vec![], server: None, order, state_dir: state_dir.into() };
+        let mut roles = Roles { primaries: vec![], replicas: vec![], servers: vec![], server: None, order, state_dir: state_dir.into(), returning: vec![], superseded: None };
         for spec in mirrors {
             let mirror_dir = mirror_dir(state_dir, &spec.name);
             std::fs::create_dir_all(&mirror_dir).map_err(|source| RoleError::Dir { path: mirror_dir.clone(), source })?;
             let known = state.mirror(&spec.name)?;
             bind_root(&state, &spec)?;
+            if let Some(history) = known.as_ref().filter(|_| crate::switch::is_returning(state_dir, &spec.name)) {
+                roles.returning.push(Returning { spec, history: history.clone(), progress: Arc::default() });
+                continue;
+            }
             match known.as_ref().map_or(spec.role, |k| k.role) {
                 Role::Primary => {
                     let history = match known {
@@ -340,7 +358,15 @@ impl Roles {
 
     fn serve(&mut self, node: &str, incarnation: Incarnation, state_dir: &std::path::Path, endpoints: &[Endpoint]) {
         let mirrors: HashMap<String, Arc<Served>> = self.replicas.iter().map(|r| (r.spec.name.clone(), r.served.clone())).collect();
-        let server = Arc::new(Server::new(node.into(), incarnation, state_dir.into(), mirrors));
+        let lent = |p: &Primary| Lent {
+            root: p.spec.root.clone(),
+            mirror_dir: mirror_dir(state_dir, &p.spec.name),
+            selection: p.spec.selection.clone(),
+        };
+        let lent = self.primaries.iter().map(|p| (p.spec.name.clone(), lent(p))).collect();
+        let (superseded, told) = mpsc::channel(16);
+        self.superseded = Some(told);
+        let server = Arc::new(Server::new(node.into(), incarnation, state_dir.into(), mirrors, lent, superseded));
         self.server = Some(server.clone());
         for endpoint in endpoints {
             let (endpoint, server) = (endpoint.clone(), server.clone());
@@ -350,6 +376,16 @@ impl Roles {
                 }
             }));
         }
+    }
+
+    /// Mirrors whose other primary was promoted after this one, as they are heard of.
+    pub fn superseded(&mut self) -> Vec<String> {
+        let mut all = vec![];
+        while let Some(mirror) = self.superseded.as_mut().and_then(|told| told.try_recv().ok()) {
+            all.push(mirror);
+        }
+        all.dedup();
+        all
     }
 
     /// The captures, by mirror.
@@ -372,7 +408,14 @@ impl Roles {
     pub fn fences(&self) -> crate::fences::Fences {
         let primaries = self.primaries.iter().map(|p| (p.spec.name.clone(), p.spec.root.clone(), Some(p.capture.handle())));
         let replicas = self.replicas.iter().map(|r| (r.spec.name.clone(), r.spec.root.clone(), None));
-        crate::fences::Fences::new(primaries.chain(replicas))
+        let returning = self.returning.iter().map(|r| (r.spec.name.clone(), r.spec.root.clone(), None));
+        crate::fences::Fences::new(primaries.chain(replicas).chain(returning))
+    }
+
+    /// Where a resync of a mirror says how far it is; `None`: this node does not come back to it.
+    #[must_use]
+    pub fn returning(&self, mirror: &str) -> Option<ReturnProgress> {
+        self.returning.iter().find(|returning| returning.spec.name == mirror).map(|returning| returning.progress.clone())
     }
 
     /// The standbys, by mirror.
@@ -413,8 +456,9 @@ impl Roles {
     /// What each mirror says of itself, in configured order.
     #[must_use]
     pub fn status(&self) -> Vec<MirrorStatus> {
+        let replicas = self.replicas.iter().map(|r| replica_status(r, &self.state_dir));
         let mut all: Vec<MirrorStatus> =
-            self.primaries.iter().map(primary_status).chain(self.replicas.iter().map(|r| replica_status(r, &self.state_dir))).collect();
+            self.primaries.iter().map(primary_status).chain(replicas).chain(self.returning.iter().map(returning_status)).collect();
         all.sort_by_key(|m| self.order.iter().position(|name| *name == m.name));
         all
     }
@@ -447,6 +491,38 @@ impl RateMeter {
             None => self.last = Some((now, counts)),
         }
         self.rates
+    }
+}
+
+impl MirrorStatus {
+    /// Of a mirror of which nothing runs on this node.
+    pub(crate) fn idle(spec: &MirrorSpec, history: &History, role: config::Role, state: MirrorState, message: String) -> Self {
+        let now = rfc3339(SystemTime::now());
+        MirrorStatus {
+            name: spec.name.clone(),
+            role,
+            state,
+            layout: spec.layout.clone(),
+            root: spec.root.display().to_string(),
+            epoch: history.epoch.0,
+            generation: history.lineage.generation().to_string(),
+            lsn: Lsns::default(),
+            lag_ms: None,
+            bound_ms: None,
+            pending: Pending::default(),
+            peers: vec![],
+            rates: Rates::default(),
+            totals: Totals::default(),
+            watches: Watches::default(),
+            fuzzy_cuts: 0,
+            stalled: None,
+            warnings: vec![],
+            unreadable: Unreadable::default(),
+            lost_metadata: BTreeMap::new(),
+            sync: None,
+            last_error: Some(LastError { at: now, message }),
+            unprotected_since: None,
+        }
     }
 }
 
@@ -524,6 +600,18 @@ fn primary_status(primary: &Primary) -> MirrorStatus {
         },
         stalled: stall.map(stalled),
         warnings: now.warnings.clone(),
+    }
+}
+
+fn returning_status(returning: &Returning) -> MirrorStatus {
+    let Returning { spec, history, progress } = returning;
+    let message = format!(
+        "this node was primary, and another was promoted after it: what is here alone is neither merged nor kept yet. `twinbox resync plan --mirror {0}` shows it, `twinbox resync apply --mirror {0}` does it",
+        spec.name
+    );
+    MirrorStatus {
+        sync: progress.lock().map(|progress| progress.clone()).unwrap_or_default(),
+        ..MirrorStatus::idle(spec, history, config::Role::Standby, MirrorState::Diverged, message)
     }
 }
 

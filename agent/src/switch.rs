@@ -110,7 +110,7 @@ pub fn promote(state_dir: &Path, mirror: &str) -> Result<Epoch, SwitchError> {
     // The last checkpoint of the standby synced the replica: this disk has all that was ever numbered. Without this mark one of an earlier time as primary would call for a heal.
     node.set_local_mark(mirror, &LocalMark { boot: boot_id().map_err(io)?, lsn: known.reserved, clean: false })?;
     node.set_mirror(mirror, &known)?;
-    for mark in [ADOPTING, GAVE_UP] {
+    for mark in [ADOPTING, GAVE_UP, RETURNING] {
         or_absent(fs::remove_file(dir.join(mark))).map_err(io)?;
     }
     Ok(known.epoch)
@@ -150,23 +150,54 @@ pub fn give_up(state_dir: &Path, mirror: &str) -> Result<(), SwitchError> {
     let dir = mirror_dir(state_dir, mirror);
     let mut known = match node.mirror(mirror)? {
         // Given up before, and that did not get to its end.
-        Some(known) if gave_up(state_dir, mirror) => known,
+        Some(known) if gave_up(state_dir, mirror) || is_returning(state_dir, mirror) => known,
         _ => known(&node, mirror, Role::Standby)?,
     };
     or_absent(fs::remove_file(dir.join(ADOPTING))).map_err(io)?;
-    fs::write(dir.join(GAVE_UP), "").map_err(io)?;
-    fs::File::open(dir.join(GAVE_UP)).and_then(|file| file.sync_all()).map_err(io)?;
-    fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(io)?;
+    set_mark(&dir, GAVE_UP).map_err(io)?;
     known.role = Role::Standby;
     known.complete = false;
     // The standby that starts finds the mark, sets the manifest aside and takes all files over.
+    node.set_mirror(mirror, &known)?;
+    or_absent(fs::remove_file(dir.join(RETURNING))).map_err(io)
+}
+
+/// The primary of a mirror stops being that, because another node was promoted after it. Nothing of the mirror runs then until `resync` has been through, or it is given up or promoted.
+///
+/// # Errors
+/// [`SwitchError`]: nothing was changed.
+pub fn step_down(state_dir: &Path, mirror: &str) -> Result<(), SwitchError> {
+    let io = |source| SwitchError::Io { mirror: mirror.into(), source };
+    let node = NodeState::open(state_dir)?;
+    let mut known = known(&node, mirror, Role::Standby)?;
+    set_mark(&mirror_dir(state_dir, mirror), RETURNING).map_err(io)?;
+    known.role = Role::Standby;
     Ok(node.set_mirror(mirror, &known)?)
+}
+
+/// Durable when it returns.
+fn set_mark(dir: &Path, mark: &str) -> std::io::Result<()> {
+    fs::write(dir.join(mark), "")?;
+    fs::File::open(dir.join(mark))?.sync_all()?;
+    fs::File::open(dir)?.sync_all()
 }
 
 /// Says that a node has given up: its files are to be taken over by whoever is primary. Goes with the end of that first sync.
 pub(crate) const GAVE_UP: &str = "gave-up";
 /// Says that files are being taken over; the standby's.
 pub(crate) const ADOPTING: &str = "adopting";
+
+/// Says that this node was primary, another one was promoted after it, and what it has alone has not been merged or kept yet.
+pub(crate) const RETURNING: &str = "returning";
+
+/// Whether this node has stopped being primary of a mirror and is not its standby yet.
+#[must_use]
+pub fn is_returning(state_dir: &Path, mirror: &str) -> bool {
+    let dir = mirror_dir(state_dir, mirror);
+    // A mark of a step that was not finished counts for nothing: the role does.
+    let standby = || NodeState::open(state_dir).and_then(|node| node.mirror(mirror)).is_ok_and(|known| known.is_some_and(|known| known.role == Role::Standby));
+    dir.join(RETURNING).exists() && !dir.join(GAVE_UP).exists() && standby()
+}
 
 /// Whether this node has given a mirror up and does not follow another primary yet.
 #[must_use]

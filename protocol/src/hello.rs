@@ -107,7 +107,8 @@ pub fn compare(hello: &Hello, welcome: &Welcome) -> Verdict {
         return if position.chain != hello.position.chain {
             Verdict::Refuse { why: Refusal::ForkedAt { at: position.lsn } }
         } else if *digest != hello.digest {
-            Verdict::PullAll { why: "same position, but the manifests' digests differ" }
+            // What came back after a failback is marked as later than the position; if that is not it, everything is pulled.
+            Verdict::PullSince(position.lsn)
         } else {
             Verdict::Continue
         };

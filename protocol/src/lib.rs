@@ -2,7 +2,7 @@
 //!
 //! Sans-I/O: no sockets, no clock, no files, no randomness. `ls` shows the dataflow: [`ids`] and [`path`] are the vocabulary,
 //! [`entry`] says what a path holds, [`content`] names bytes, [`chunk`] finds what changed in large files, [`ops`] is the log's
-//! language, [`outbox`] numbers and chains it, [`msg`] and [`codec`] carry it, [`lineage`] and [`hello`] compare two nodes' memories.
+//! language, [`outbox`] numbers and chains it, [`msg`] and [`codec`] carry it, [`lineage`] and [`hello`] compare two nodes' memories, [`rejoin`] is what a node says that comes back.
 
 mod bounded;
 pub mod chunk;
@@ -17,8 +17,10 @@ pub mod msg;
 pub mod ops;
 pub mod outbox;
 pub mod path;
+pub mod rejoin;
 
 /// Version of the wire protocol. Peers with another one are refused with both numbers named.
 /// - 1: first version.
 /// - 2: histories travel with the hello.
-pub const PROTOCOL_VERSION: u32 = 2;
+/// - 3: a node that was primary asks the one promoted after it ([`rejoin`]).
+pub const PROTOCOL_VERSION: u32 = 3;

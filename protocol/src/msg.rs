@@ -11,6 +11,7 @@ use crate::entry::Entry;
 use crate::ids::{ChainHash, ContentHash, Epoch, Incarnation, Lsn, MirrorId};
 use crate::lineage::Lineage;
 use crate::path::RelPath;
+use crate::rejoin::{ASKS_MAX, Ask, Changes, Found, Merge, Merged};
 
 /// Most rows in one message. A row of two bytes takes near a hundred times that in memory, so a peer is held to it.
 pub const ROWS_MAX: usize = 16 * 1024;
@@ -172,6 +173,25 @@ pub enum ToStandby {
         /// Its name.
         hash: ContentHash,
     },
+    /// Instead of `Hello`: this node was primary, the other was promoted after it. See [`crate::rejoin`].
+    Rejoin(Box<Hello>),
+    /// Questions about the other's store as it is now.
+    Ask {
+        /// At most [`ASKS_MAX`].
+        #[serde(deserialize_with = "crate::bounded::seq::<_, _, ASKS_MAX>")]
+        asks: Vec<Ask>,
+    },
+    /// What has the other changed since the fork?
+    Changes,
+    /// Make this change there too.
+    Merge(Box<Merge>),
+    /// The next bytes of a message, at most [`PIECE_MAX`].
+    Piece {
+        /// They.
+        bytes: ByteBuf,
+    },
+    /// That was all of it.
+    End,
 }
 
 /// From the standby.
@@ -259,6 +279,16 @@ pub enum ToPrimary {
         /// The name it was announced with.
         hash: ContentHash,
     },
+    /// Answers to [`ToStandby::Ask`], in order.
+    Found {
+        /// `None`: nothing.
+        #[serde(deserialize_with = "crate::bounded::seq::<_, _, ASKS_MAX>")]
+        found: Vec<Option<Found>>,
+    },
+    /// Answer to [`ToStandby::Changes`].
+    Changed(Box<Changes>),
+    /// Answer to [`ToStandby::Merge`].
+    Merged(Merged),
 }
 
 /// First frame on a unidirectional stream opened by the primary.

@@ -419,6 +419,18 @@ impl Manifest {
         Ok(rows.collect::<rusqlite::Result<Vec<_>>>()?.iter().filter_map(|(dir, name)| join(dir, name).ok()).collect())
     }
 
+    /// Rows and tombstones marked `mark` are of `lsn` instead.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn settle(&mut self, mark: Lsn, lsn: Lsn) -> rusqlite::Result<()> {
+        for table in ["UPDATE file SET lsn = ?2 WHERE lsn = ?1", "UPDATE gone SET lsn = ?2 WHERE lsn = ?1"] {
+            self.db.prepare_cached(table)?.execute([mark.0 as i64, lsn.0 as i64])?;
+        }
+        self.lsn = lsn;
+        Ok(())
+    }
+
     /// Stores page values and chunk list of a content.
     ///
     /// # Errors

@@ -175,14 +175,13 @@ fn comes_back(power_cut: bool) {
         fs::write(&world.boot, "boot-1\n").unwrap();
     }
     world.nodes[0].start();
-    wait_until(LIMIT, "alpha to be told", || {
-        let status = world.nodes[0].status();
-        status.is_some_and(|s| s.value["mirrors"][0]["last_error"]["message"].to_string().contains("too, is primary"))
+    wait_until(LIMIT, "alpha to step down", || {
+        world.nodes[0].status().is_some_and(|s| (s.said.mirrors[0].role.as_str(), s.said.mirrors[0].state.as_str()) == ("standby", "diverged"))
     });
-    assert_ne!(world.said(0).state, "protected");
     assert_eq!(world.holds(0, "new/after"), None);
     assert_eq!(world.holds(1, "new/tail"), None);
-    world.refused(0, &["demote"], "no standby follows");
+    world.refused(0, &["demote"], "twinbox resync plan");
+    world.refused(0, &["promote"], "twinbox resync plan");
     world.ok(0, &["demote", "--force"]);
     world.in_sync();
     let now: Vec<_> = ["new/1", "new/2", "new/after", "new/tail"].iter().map(|name| world.holds(0, name)).collect();

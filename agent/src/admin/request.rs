@@ -47,6 +47,19 @@ pub struct Switch {
     pub force: bool,
 }
 
+/// What a node that was primary is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resync {
+    /// Which mirror; `None`: the only one there is.
+    pub mirror: Option<String>,
+    /// Do it; else only say what would be done.
+    pub apply: bool,
+    /// The node that stays.
+    pub winner: Option<String>,
+    /// Keep everything in rescue, merge nothing.
+    pub rescue: bool,
+}
+
 /// What can be asked of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -63,6 +76,8 @@ pub enum Request {
     Promote(Switch),
     /// Become standby of a mirror.
     Demote(Switch),
+    /// What is on this node alone, which was primary: merge it, or keep it.
+    Resync(Resync),
     /// Say when everything changed by now is durable on the standby.
     Fence(Fence),
     /// Do not cut the group of this path until its transaction is committed.
@@ -83,7 +98,7 @@ pub enum Request {
     },
 }
 
-const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, FENCE, TXN BEGIN, TXN COMMIT";
+const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, RESYNC PLAN, RESYNC APPLY, FENCE, TXN BEGIN, TXN COMMIT";
 
 impl Request {
     /// The request line, without newline.
@@ -109,6 +124,11 @@ impl Request {
         match self {
             Request::Promote(switch) => format!("PROMOTE{}", switch_words(switch)),
             Request::Demote(switch) => format!("DEMOTE{}", switch_words(switch)),
+            Request::Resync(Resync { mirror, apply, winner, rescue }) => {
+                let word = |key: &str, value: &Option<String>| value.as_ref().map_or(String::new(), |value| format!(" {key}={}", encode(value.as_bytes())));
+                let policy = if *rescue { " policy=rescue" } else { "" };
+                format!("RESYNC {}{}{}{policy}", if *apply { "APPLY" } else { "PLAN" }, word("mirror", mirror), word("winner", winner))
+            }
             Request::Ping => "PING".into(),
             Request::Status => "STATUS".into(),
             Request::Reload => "RELOAD".into(),
@@ -143,6 +163,14 @@ impl Request {
             (b"STOP", _) => plain(Request::Stop),
             (b"PROMOTE", _) => Words::read("PROMOTE", &rest)?.switch().map(Request::Promote),
             (b"DEMOTE", _) => Words::read("DEMOTE", &rest)?.switch().map(Request::Demote),
+            (b"RESYNC", Some(what @ (b"PLAN" | b"APPLY"))) => {
+                let mut words = Words::read("RESYNC", &rest[1..])?;
+                let mut name = |key| Ok::<_, Response>(words.one(key)?.map(|name| name.to_string_lossy().into_owned()));
+                let (mirror, winner) = (name("mirror")?, name("winner")?);
+                let rescue = words.choice("policy", &["merge", "rescue"])? == 1;
+                words.end().map(|()| Request::Resync(Resync { mirror, apply: what == b"APPLY", winner, rescue }))
+            }
+            (b"RESYNC", _) => Err(Response::error("bad-arguments", "RESYNC is followed by PLAN or APPLY")),
             (b"FENCE", _) => {
                 let mut words = Words::read("FENCE", &rest)?;
                 let fence = words.fence()?;
@@ -319,6 +347,8 @@ mod tests {
             Request::Stop,
             Request::Promote(Switch { mirror: None, force: false }),
             Request::Demote(Switch { mirror: Some("ma il".into()), force: true }),
+            Request::Resync(Resync { mirror: None, apply: false, winner: None, rescue: false }),
+            Request::Resync(Resync { mirror: Some("mail".into()), apply: true, winner: Some("beta".into()), rescue: true }),
             Request::Fence(Fence::default()),
             Request::Fence(fence),
             Request::TxnBegin { path, timeout: Duration::from_secs(7) },
@@ -348,6 +378,8 @@ mod tests {
             ("FENCE unprotected=maybe", "bad-arguments: FENCE: unprotected is one of fail, wait"),
             ("FENCE mirror=a mirror=b", "bad-arguments: FENCE: mirror is given twice"),
             ("FENCE colour=red", "bad-arguments: FENCE: `colour` is not known"),
+            ("RESYNC", "bad-arguments: RESYNC is followed by PLAN or APPLY"),
+            ("RESYNC PLAN policy=merry", "bad-arguments: RESYNC: policy is one of merge, rescue"),
             ("TXN", "bad-arguments: TXN is followed by BEGIN or COMMIT"),
             ("TXN BEGIN", "bad-arguments: TXN BEGIN: path=PATH is missing"),
             ("TXN COMMIT txn=-1", "bad-arguments: TXN COMMIT: txn is a number"),

@@ -161,6 +161,23 @@ version of, is kept in rescue/ in the state directory.",
     )
 }
 
+pub(super) fn resync() -> String {
+    sections(
+        "
+  mail1 died, mail2 was promoted, mail1 is back (it has stepped down by itself):
+    mail1# twinbox resync plan           what is on mail1 alone, and what would become of it
+    mail1# twinbox resync apply          does it: mail1 is a standby in sync
+  Both were promoted apart; mail2 is to stay:
+    mail1# twinbox resync plan --winner mail2
+
+The mail server on this node is stopped. Messages that only this node has are put into the other one's
+store, as if they had just come; flags and folders that only this node changed are changed there, too.
+Deletions are not repeated: mail comes back rather than vanishes. Whatever else this node has alone is
+kept in rescue/ in the state directory. A report says what became of each.",
+        &[Exit::Ok, Exit::Failure, Exit::Usage, Exit::Config, Exit::NoAgent, Exit::Peer, Exit::Permission, Exit::Refused, Exit::Interrupted],
+    )
+}
+
 pub(super) fn reload() -> String {
     sections(
         "

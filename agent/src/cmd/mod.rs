@@ -7,6 +7,8 @@ pub mod heal;
 pub mod init;
 pub mod mirror;
 pub mod pair;
+pub mod resync;
+mod returning;
 pub mod run;
 pub mod status;
 pub mod switch;

@@ -29,7 +29,9 @@ use crate::status::{MirrorStatus, SCHEMA, Status};
 use crate::switch::SwitchError;
 
 /// How long giving a mirror up waits for a heal that is under way.
-const HEAL_ENDS: Duration = Duration::from_secs(30);
+pub(super) const HEAL_ENDS: Duration = Duration::from_secs(30);
+/// How often it is looked whether another node was promoted after this one.
+const HEED: Duration = Duration::from_millis(200);
 /// How long a stop waits for what is under way.
 const DRAIN: Duration = Duration::from_secs(15);
 
@@ -71,21 +73,23 @@ pub(super) fn pin(pins: &PinnedPeers, peers: &[PeerSpec]) -> Result<(), Failure>
     pins.replace(all).map_err(|error| Failure::new(ExitCode::Config, error.to_string()))
 }
 
-struct Agent {
+pub(super) struct Agent {
     path: std::path::PathBuf,
-    state: std::path::PathBuf,
-    specs: std::sync::RwLock<Vec<MirrorSpec>>,
-    peers: std::sync::RwLock<Vec<PeerSpec>>,
+    pub(super) state: std::path::PathBuf,
+    pub(super) specs: std::sync::RwLock<Vec<MirrorSpec>>,
+    pub(super) peers: std::sync::RwLock<Vec<PeerSpec>>,
     bounds: Bounds,
     /// Why this agent cannot go on.
     fatal: mpsc::Sender<Failure>,
     pins: PinnedPeers,
-    endpoints: Vec<Endpoint>,
-    roles: Mutex<Roles>,
-    node: String,
+    pub(super) endpoints: Vec<Endpoint>,
+    pub(super) roles: Mutex<Roles>,
+    pub(super) node: String,
     started: Instant,
     fences: std::sync::RwLock<Arc<Fences>>,
-    unhealed: Unhealed,
+    pub(super) unhealed: Unhealed,
+    /// Held by the one resync there may be.
+    pub(super) resyncing: Mutex<()>,
 }
 
 impl Agent {
@@ -109,7 +113,7 @@ impl Agent {
     }
 
     /// Stops everything that runs, lets `change` act on the state at rest, and starts again, whatever came of it.
-    fn restart<T>(&self, roles: &mut Roles, change: impl FnOnce() -> T) -> (T, Result<(), String>) {
+    pub(super) fn restart<T>(&self, roles: &mut Roles, change: impl FnOnce() -> T) -> (T, Result<(), String>) {
         tokio::task::block_in_place(|| {
             roles.stop();
             let done = change();
@@ -150,6 +154,8 @@ impl Agent {
             {
                 Ok(mirror)
             }
+            // It has stepped down, and can give up what it has alone.
+            Some(mirror) if not == Role::Standby && roles.returning(&mirror.name).is_some() => Ok(mirror),
             Some(mirror) if mirror.role == not => {
                 Err(Response::error("refused", format!("mirror `{}`: this node is its {not} already", mirror.name)))
             }
@@ -163,6 +169,11 @@ impl Agent {
         let mirror = self.to_switch(&roles, switch, Role::Primary)?;
         let name = mirror.name.as_str();
         let no = |why: String| Response::error("refused", format!("mirror `{name}`: {why}"));
+        if !switch.force && roles.returning(name).is_some() {
+            return Err(no(
+                "another node was promoted after this one, and this one has what may be nowhere else: `twinbox resync plan` shows it (--force: two primaries, and the other one steps down)".into(),
+            ));
+        }
         let connected: Vec<&str> = mirror.peers.iter().filter(|peer| peer.connected).map(|peer| peer.node.as_str()).collect();
         if !switch.force && !connected.is_empty() {
             let node = connected.join(", ");
@@ -192,12 +203,19 @@ impl Agent {
                     "it is being healed after a power cut, with the standby's help: see `twinbox status`, and try again when that is over",
                 ));
             }
-            outcome(name, "demoted", "a standby", self.restart(&mut roles, || crate::switch::give_up(&self.state, name)))?;
+            let done = self.restart(&mut roles, || crate::switch::give_up(&self.state, name));
+            self.unhealed.remove(name);
+            outcome(name, "demoted", "a standby", done)?;
             tracing::warn!(mirror = name, "given up: this node follows the other one; what that lacks will be in rescue");
             return Ok(said(format!(
                 "Mirror `{name}`: this node is its standby now. It compares its files with the other node as soon as that is primary; what that one lacks will be in {}.",
                 crate::roles::mirror_dir(&self.state, name).join("rescue").display()
             )));
+        }
+        if roles.returning(name).is_some() {
+            return Err(no(
+                "it is primary no more, another node was promoted after it: `twinbox resync plan` shows what is here alone (--force: all of that goes to rescue)",
+            ));
         }
         let capture = roles.captures().into_iter().find(|(of, _)| of == name).map(|(_, capture)| capture);
         let Some(capture) = capture.filter(|capture| capture.status().protected) else {
@@ -241,7 +259,7 @@ impl Agent {
 }
 
 /// What a change of role came to: refused, or made, and then the agent went on or could not.
-fn outcome<T>(mirror: &str, code: &str, role: &str, (done, started): (Result<T, SwitchError>, Result<(), String>)) -> Result<T, Response> {
+pub(super) fn outcome<T>(mirror: &str, code: &str, role: &str, (done, started): (Result<T, SwitchError>, Result<(), String>)) -> Result<T, Response> {
     let done = done.map_err(|error| Response::error("refused", error.to_string()))?;
     started.map_err(|error| Response::error(code, format!("mirror `{mirror}`: this node is {role} now, but {error}")))?;
     Ok(done)
@@ -298,6 +316,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
         fatal,
         fences,
         unhealed,
+        resyncing: Mutex::default(),
         path: args.file.config.clone(),
         pins,
         endpoints,
@@ -329,6 +348,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                         Response::done()
                     }
                     Request::Promote(switch) => agent.promote(&switch).await.unwrap_or_else(|refusal| refusal),
+                    Request::Resync(resync) => agent.resync(&resync).await.unwrap_or_else(|refusal| refusal),
                     Request::Demote(switch) => agent.demote(&switch).await.unwrap_or_else(|refusal| refusal),
                     Request::Fence(fence) => match agent.fences() {
                         Ok(fences) => fences.fence(&fence).await,
@@ -360,6 +380,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("running")]);
     tracing::info!(node = %agent.node, mirrors = config.mirrors.len(), peers = peers.len(), "twinbox is running");
     let mut check = tokio::time::interval(Duration::from_secs(1));
+    let mut heed = tokio::time::interval(HEED);
     let mut ended = None;
     let mut hanging: BTreeMap<String, Stage> = BTreeMap::new();
     loop {
@@ -379,6 +400,12 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             Some(failure) = failed_for_good.recv() => {
                 ended = Some(failure);
                 break;
+            }
+            _ = heed.tick() => {
+                let superseded = agent.roles.lock().await.superseded();
+                for mirror in superseded {
+                    agent.step_down(&mirror).await;
+                }
             }
             _ = check.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);

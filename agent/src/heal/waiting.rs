@@ -10,16 +10,27 @@ use tokio::time::Instant;
 use super::{Done, Job, until_healed};
 use crate::config::Role;
 use crate::link::paths::Paths;
-use crate::status::{LastError, Lsns, MirrorState, MirrorStatus, Pending, Rates, SyncProgress, Totals, Unreadable, Watches, rfc3339};
+use crate::status::{MirrorState, MirrorStatus, SyncProgress, rfc3339};
 
 /// One mirror is tried for so long before the next.
 const TURN: Duration = Duration::from_secs(10);
 /// How often who waits looks again.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// What the mirrors that are not healed say of themselves; `None`: nobody wants that one healed any more.
+/// What is wanted of a mirror that is not healed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// That it is.
+    Healed,
+    /// Nothing any more; something may still work on it.
+    Nothing,
+    /// The same, and nothing does.
+    Left,
+}
+
+/// The mirrors that are not healed, and what they say of themselves.
 #[derive(Clone, Default)]
-pub struct Unhealed(Arc<Mutex<BTreeMap<String, Option<MirrorStatus>>>>);
+pub struct Unhealed(Arc<Mutex<BTreeMap<String, (Wanted, MirrorStatus)>>>);
 
 impl Unhealed {
     /// Those of `jobs`.
@@ -28,56 +39,62 @@ impl Unhealed {
         let all = Unhealed::default();
         for job in jobs {
             let said = status(job, "waiting for the standby, to bring back what this disk lost in a power cut".into(), None);
-            all.lock().insert(job.mirror().to_owned(), Some(said));
+            all.lock().insert(job.mirror().to_owned(), (Wanted::Healed, said));
         }
         all
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<MirrorStatus>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, (Wanted, MirrorStatus)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn say(&self, job: &Job, message: String, done: Option<&Done>) {
-        if let Some(Some(said)) = self.lock().get_mut(job.mirror()) {
+        if let Some((Wanted::Healed, said)) = self.lock().get_mut(job.mirror()) {
             *said = status(job, message, done);
         }
     }
 
     fn is_wanted(&self, name: &str) -> bool {
-        matches!(self.lock().get(name), Some(Some(_)))
+        matches!(self.lock().get(name), Some((Wanted::Healed, _)))
     }
 
-    /// Has a mirror not be healed: waits until nothing works on it any more. `false`: not in time, and it is healed on.
+    /// Has a mirror not be healed: waits until nothing works on it any more; it is told of until [`Unhealed::remove`]. `false`: not in time, and it is healed on.
     pub async fn give_up(&self, name: &str, limit: Duration) -> bool {
-        let Some(said) = self.lock().get_mut(name).map(Option::take) else { return true };
+        let want = |wanted: Wanted| self.lock().get_mut(name).map(|one| one.0 = wanted).is_some();
+        if !want(Wanted::Nothing) {
+            return true;
+        }
         let deadline = Instant::now() + limit;
-        loop {
-            if let Some(wanted) = self.lock().get_mut(name) {
-                if Instant::now() >= deadline {
-                    *wanted = said;
-                    return false;
-                }
-            } else {
-                return true;
+        while self.lock().get(name).is_some_and(|one| one.0 != Wanted::Left) {
+            if Instant::now() >= deadline {
+                return !want(Wanted::Healed);
             }
             tokio::time::sleep_until(Instant::now() + LOOK).await;
         }
+        true
     }
 
-    fn remove(&self, name: &str) {
+    fn leave(&self, name: &str) {
+        if let Some(one) = self.lock().get_mut(name) {
+            one.0 = Wanted::Left;
+        }
+    }
+
+    /// It is no business of a heal any more.
+    pub fn remove(&self, name: &str) {
         self.lock().remove(name);
     }
 
     /// Their status, by name.
     #[must_use]
     pub fn status(&self) -> Vec<MirrorStatus> {
-        self.lock().values().flatten().cloned().collect()
+        self.lock().values().map(|(_, said)| said.clone()).collect()
     }
 
-    /// Their names.
+    /// Names of those that a heal works on, or will.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
-        self.lock().keys().cloned().collect()
+        self.lock().iter().filter(|(_, one)| one.0 != Wanted::Left).map(|(name, _)| name.clone()).collect()
     }
 }
 
@@ -91,7 +108,7 @@ pub async fn heal_all(mut jobs: Vec<Job>, paths: Option<Paths>, unhealed: Unheal
         let mut left = vec![];
         for job in jobs {
             if !unhealed.is_wanted(job.mirror()) {
-                unhealed.remove(job.mirror());
+                unhealed.leave(job.mirror());
                 continue;
             }
             let doing = why.get(job.mirror()).map_or("bringing back what this disk lost in a power cut", String::as_str);
@@ -120,28 +137,7 @@ pub async fn heal_all(mut jobs: Vec<Job>, paths: Option<Paths>, unhealed: Unheal
 }
 
 fn status(job: &Job, message: String, done: Option<&Done>) -> MirrorStatus {
-    let now = rfc3339(SystemTime::now());
     MirrorStatus {
-        name: job.mirror().to_owned(),
-        role: Role::Primary,
-        state: MirrorState::Unprotected,
-        layout: job.spec.layout.clone(),
-        root: job.spec.root.display().to_string(),
-        epoch: job.history.epoch.0,
-        generation: job.history.lineage.generation().to_string(),
-        lsn: Lsns::default(),
-        lag_ms: None,
-        bound_ms: None,
-        pending: Pending::default(),
-        peers: vec![],
-        rates: Rates::default(),
-        totals: Totals::default(),
-        watches: Watches::default(),
-        fuzzy_cuts: 0,
-        stalled: None,
-        warnings: vec![],
-        unreadable: Unreadable::default(),
-        lost_metadata: BTreeMap::new(),
         sync: done.map(|done| SyncProgress {
             phase: "healing".into(),
             files_done: done.compared,
@@ -150,7 +146,7 @@ fn status(job: &Job, message: String, done: Option<&Done>) -> MirrorStatus {
             bytes_total: None,
             eta_s: None,
         }),
-        last_error: Some(LastError { at: now.clone(), message }),
-        unprotected_since: Some(now),
+        unprotected_since: Some(rfc3339(SystemTime::now())),
+        ..MirrorStatus::idle(&job.spec, &job.history, Role::Primary, MirrorState::Unprotected, message)
     }
 }

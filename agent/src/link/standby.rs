@@ -20,6 +20,7 @@ use twinbox_resync::node::{MirrorState, NodeState, Role};
 use super::zstream::Expander;
 use crate::capture::engine::{skew_ms, wall_ns};
 use crate::net::{CloseCode, FrameReader, Incoming, close, read_frame, write_frame};
+use crate::resync::serve::Lent;
 use crate::standby::{Session, StandbyHandle};
 
 /// A peer that opened a stream says what it is within this time.
@@ -56,6 +57,10 @@ pub struct Server {
     pub state_dir: std::path::PathBuf,
     /// By mirror name.
     pub mirrors: HashMap<String, Arc<Served>>,
+    /// What nodes that come back may be told, by mirror: those this node is primary of.
+    lent: HashMap<String, Lent>,
+    /// Told of mirrors whose other primary was promoted after this one.
+    superseded: mpsc::Sender<String>,
     /// Connections that are served; `None`: no more.
     open: Mutex<Option<Vec<quinn::Connection>>>,
 }
@@ -87,8 +92,15 @@ type Sessions = Arc<Mutex<HashMap<String, Arc<Session>>>>;
 impl Server {
     /// A server of these mirrors.
     #[must_use]
-    pub fn new(node: String, incarnation: Incarnation, state_dir: std::path::PathBuf, mirrors: HashMap<String, Arc<Served>>) -> Self {
-        Server { node, incarnation, state_dir, mirrors, open: Mutex::new(Some(vec![])) }
+    pub fn new(
+        node: String,
+        incarnation: Incarnation,
+        state_dir: std::path::PathBuf,
+        mirrors: HashMap<String, Arc<Served>>,
+        lent: HashMap<String, Lent>,
+        superseded: mpsc::Sender<String>,
+    ) -> Self {
+        Server { node, incarnation, state_dir, mirrors, lent, superseded, open: Mutex::new(Some(vec![])) }
     }
 
     /// Ends every connection: who dials again finds the server that comes after this one, with other mirrors.
@@ -155,12 +167,22 @@ impl Server {
     ) -> Result<(), ServeError> {
         let mut control = FrameReader::<ToStandby>::new(recv, CONTROL_MAX);
         let first = timeout(HEAD_WITHIN, control.next()).await.map_err(|_| ServeError::Protocol("no hello"))??;
-        let Some(ToStandby::Hello(hello)) = first else { return Err(ServeError::Protocol("no hello first")) };
+        let hello = match first {
+            Some(ToStandby::Hello(hello)) => hello,
+            Some(ToStandby::Rejoin(hello)) => return self.rejoin(&hello, &mut send, &mut control).await,
+            _ => return Err(ServeError::Protocol("no hello first")),
+        };
         let refuse = |code, message: String| ToPrimary::Refuse { code, message };
         let Some(served) = self.mirrors.get(&hello.mirror) else {
             let known = NodeState::open(&self.state_dir)?.mirror(&hello.mirror)?;
             let (code, message) = match known.filter(|known| known.role == Role::Primary) {
-                Some(known) => (RefuseCode::Diverged, two_primaries(&self.node, &hello, &known)),
+                Some(known) => {
+                    if meeting(&hello, &known) == Meeting::Stand {
+                        let _ = self.superseded.try_send(hello.mirror.clone()); // It asks again.
+                    }
+                    (RefuseCode::Diverged, two_primaries(&self.node, &hello, &known))
+                }
+                None if crate::switch::is_returning(&self.state_dir, &hello.mirror) => (RefuseCode::Diverged, returning(&self.node, &hello)),
                 None => {
                     let why = "is not standby of a mirror named";
                     let message = format!("node `{}` {why} `{}`: check [[mirror]] in its configuration", self.node, hello.mirror);
@@ -298,6 +320,30 @@ impl Server {
         result
     }
 
+    /// A node that was primary asks what is here now.
+    async fn rejoin(&self, hello: &Hello, send: &mut quinn::SendStream, control: &mut FrameReader<ToStandby>) -> Result<(), ServeError> {
+        let known = NodeState::open(&self.state_dir)?.mirror(&hello.mirror)?;
+        let refusal = match (&known, self.lent.get(&hello.mirror)) {
+            _ if hello.protocol != PROTOCOL_VERSION => Some("install the same version of twinbox on both nodes".to_owned()),
+            (Some(known), Some(_)) if relation(known, hello) == Relation::Unrelated => Some("their histories have nothing in common".to_owned()),
+            (Some(_), Some(lent)) => {
+                let us = crate::resync::serve::Us { node: &self.node, incarnation: self.incarnation, known: &known_or(known.as_ref())? };
+                let served = crate::resync::serve::serve(us, hello, lent.clone(), send, control).await;
+                served.err().map(|error| error.to_string())
+            }
+            _ => Some(format!(
+                "node `{}` is not primary of mirror `{}`: promote it first, or run this command when it is back",
+                self.node, hello.mirror
+            )),
+        };
+        if let Some(message) = refusal {
+            tracing::warn!(peer = %hello.node, mirror = %hello.mirror, %message, "a node that comes back was not helped");
+            write_frame(send, &crate::resync::serve::refuse(message)).await?;
+        }
+        let _ = send.finish();
+        Ok(())
+    }
+
     async fn replica(&self, hello: &Hello, served: &Served) -> Result<Replica, (RefuseCode, String)> {
         let failed = |error: &dyn std::fmt::Display| (RefuseCode::Failed, error.to_string());
         if hello.protocol != PROTOCOL_VERSION || hello.chunker != CHUNKER {
@@ -374,13 +420,30 @@ impl Server {
     }
 }
 
+fn known_or(known: Option<&MirrorState>) -> Result<MirrorState, ServeError> {
+    known.cloned().ok_or(ServeError::Protocol("no such mirror"))
+}
+
+/// What a primary is told whose standby was primary before it.
+fn returning(node: &str, hello: &Hello) -> String {
+    format!(
+        "node `{node}` was primary of mirror `{}` before `{}`, and may have mail that nobody else has: run `twinbox resync plan` there, then `twinbox resync apply`",
+        hello.mirror, hello.node
+    )
+}
+
+/// What the primary that speaks does, and this one.
+fn meeting(hello: &Hello, known: &MirrorState) -> Meeting {
+    let theirs = Side { lineage: &hello.lineage, epoch: hello.epoch, position: hello.position };
+    meet(theirs, Side { lineage: &known.lineage, epoch: known.epoch, position: Position::START })
+}
+
 /// What a primary is told that speaks to another one.
 fn two_primaries(node: &str, hello: &Hello, known: &MirrorState) -> String {
-    let theirs = Side { lineage: &hello.lineage, epoch: hello.epoch, position: hello.position };
-    let said = match meet(theirs, Side { lineage: &known.lineage, epoch: known.epoch, position: Position::START }) {
-        Meeting::Yield => format!("and was promoted after node `{}`: run `twinbox demote --force` on that one, it keeps what `{node}` lacks in rescue", hello.node),
-        Meeting::Stand => format!("but node `{}` was promoted after it: run `twinbox demote --force` on `{node}`, it keeps what the other lacks in rescue", hello.node),
-        Meeting::Split | Meeting::Unrelated => "and nobody can tell which of them is right: stop one mail server, and run `twinbox demote --force` on that node, it keeps what the other lacks in rescue".into(),
+    let said = match meeting(hello, known) {
+        Meeting::Yield => format!("and was promoted after node `{}`: that one steps down as soon as it hears of it", hello.node),
+        Meeting::Stand => format!("but node `{}` was promoted after it: `{node}` steps down now", hello.node),
+        Meeting::Split | Meeting::Unrelated => "and nobody can tell which of them is right: stop one mail server, and run `twinbox resync plan --winner NODE` on that node, naming the other".into(),
     };
     format!("node `{node}`, too, is primary of mirror `{}`, {said}; nothing was changed on either side", hello.mirror)
 }

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use rustix::fs as rfs;
 use tokio::sync::oneshot;
-use twinbox_protocol::entry::Entry;
 use twinbox_protocol::ids::{ContentHash, Epoch, Lsn};
 use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{Hello, NAMES_MAX, Position, RefuseCode, Replica as Holding, ToPrimary};
@@ -39,9 +38,6 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(5);
 const CHECKPOINT_BYTES: u64 = 16 * 1024 * 1024;
 /// … or when nothing came for so long.
 const CHECKPOINT_IDLE: Duration = Duration::from_secs(1);
-/// Rows and bytes of one message of a pull; the control stream takes 4 MiB.
-const PULL_ROWS: usize = 1000;
-const PULL_BYTES: usize = 1024 * 1024;
 /// How often a write is tried again while the disk is full.
 pub(super) const RETRY_EVERY: Duration = Duration::from_secs(1);
 
@@ -367,29 +363,7 @@ impl Applier {
     }
 
     fn pull(&self, since: Option<Lsn>, out: &tokio::sync::mpsc::Sender<ToPrimary>) -> Result<(), StandbyError> {
-        let mut rows: Vec<(RelPath, Option<Entry>)> = vec![];
-        let (mut bytes, mut open) = (0, true);
-        let mut add = |path: RelPath, entry: Option<Entry>| {
-            bytes += 160 + path.as_bytes().len() + entry.as_ref().map_or(0, |e| e.xattrs.iter().map(|(n, v)| n.len() + v.len() + 8).sum());
-            rows.push((path, entry));
-            if open && (rows.len() >= PULL_ROWS || bytes >= PULL_BYTES) {
-                bytes = 0;
-                open = out.blocking_send(ToPrimary::Rows { rows: std::mem::take(&mut rows) }).is_ok();
-            }
-            if !open {
-                rows.clear();
-            }
-        };
-        let mut read = || {
-            if let Some(since) = since {
-                self.manifest.each_gone(since, |path| add(path, None))?;
-            }
-            self.manifest.each(since, |path, row, _| add(path, Some(row.entry)))
-        };
-        read().map_err(|error| self.manifest.state_error(&error))?;
-        let end = ToPrimary::RowsEnd { position: self.applied, digest: self.manifest.digest() };
-        let sent = (rows.is_empty() || out.blocking_send(ToPrimary::Rows { rows }).is_ok()) && out.blocking_send(end).is_ok();
-        if sent { Ok(()) } else { Err(StandbyError::Superseded) }
+        if crate::link::rows::send(&self.manifest, since, self.applied, out)? { Ok(()) } else { Err(StandbyError::Superseded) }
     }
 
     /// Applies everything that is durable.

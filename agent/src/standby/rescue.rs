@@ -29,6 +29,8 @@ pub(crate) enum Why {
     Adopt,
     /// After a power cut: the standby's version of a file of which this disk has another, or this disk's that gave way.
     Heal,
+    /// What a node that was primary had alone, when it came back.
+    Resync,
 }
 
 impl Why {
@@ -37,6 +39,7 @@ impl Why {
             Why::Drift => "drift",
             Why::Adopt => "adopt",
             Why::Heal => "heal",
+            Why::Resync => "resync",
         }
     }
 }

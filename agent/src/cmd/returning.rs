@@ -1,0 +1,156 @@
+//! What the running agent does about a mirror whose other primary was promoted after it: it stops being primary, and resyncs when it is asked to.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout};
+use twinbox_resync::reconcile::Policy;
+
+use super::run::{Agent, HEAL_ENDS, outcome, standby_of};
+use crate::admin::{Resync, Response};
+use crate::config::Role;
+use crate::resync::work::{Job, ResyncError};
+use crate::roles::{MirrorSpec, ReturnProgress};
+use crate::status::SyncProgress;
+
+/// How long the other node is waited for.
+const PEER_WITHIN: Duration = Duration::from_secs(30);
+
+impl Agent {
+    /// Stops being primary of a mirror, at once: another node was promoted after this one.
+    pub(super) async fn step_down(&self, mirror: &str) {
+        if self.unhealed.names().iter().any(|unhealed| unhealed == mirror) && !self.unhealed.give_up(mirror, HEAL_ENDS).await {
+            return; // It is asked again.
+        }
+        let mut roles = self.roles.lock().await;
+        let (done, started) = self.restart(&mut roles, || crate::switch::step_down(&self.state, mirror));
+        self.unhealed.remove(mirror);
+        match done {
+            Ok(()) => tracing::error!(
+                mirror,
+                "another node was promoted after this one: it is primary no more, stop its mail server; `twinbox resync plan` shows what is here alone"
+            ),
+            Err(error) => tracing::error!(mirror, %error, "another node was promoted after this one, and this one cannot give way"),
+        }
+        if let Err(why) = started {
+            tracing::error!(mirror, why);
+        }
+    }
+
+    fn spec(&self, mirror: Option<&str>) -> Result<MirrorSpec, Response> {
+        let specs = self.specs.read().unwrap_or_else(PoisonError::into_inner);
+        match mirror {
+            None if specs.len() > 1 => Err(Response::error("bad-arguments", "there are several mirrors: say which, with --mirror")),
+            _ => {
+                let named = specs.iter().find(|spec| mirror.is_none_or(|name| spec.name == name));
+                named.cloned().ok_or_else(|| Response::error("refused", "this node keeps no mirror of that name"))
+            }
+        }
+    }
+
+    /// The mirror a resync is about, which this node must have stepped down from; it does so now when the operator has named another winner.
+    async fn to_resync(&self, resync: &Resync) -> Result<(MirrorSpec, ReturnProgress), Response> {
+        let spec = self.spec(resync.mirror.as_deref())?;
+        let no = |why: &str| Response::error("refused", format!("mirror `{}`: {why}", spec.name));
+        if let Some(progress) = self.roles.lock().await.returning(&spec.name) {
+            return Ok((spec, progress));
+        }
+        let role = {
+            let mut all = self.roles.lock().await.status();
+            all.extend(self.unhealed.status());
+            all.into_iter().find(|mirror| mirror.name == spec.name).map(|mirror| mirror.role)
+        };
+        match (role, &resync.winner) {
+            (Some(Role::Primary), Some(winner)) if *winner == self.node => {
+                Err(no("this node is the one that stays: run this command on the other one"))
+            }
+            (Some(Role::Primary), Some(_)) => {
+                self.step_down(&spec.name).await;
+                let progress = self.roles.lock().await.returning(&spec.name);
+                progress.map(|progress| (spec.clone(), progress)).ok_or_else(|| no("this node could not step down: see the log, and try again"))
+            }
+            (Some(Role::Primary), None) => {
+                Err(no("this node is its primary. If another one was promoted after it, that one says so as soon as it is reached; if both went on apart, name the one that stays with --winner"))
+            }
+            (Some(Role::Standby), _) => Err(no("this node is its standby, and has nothing that the primary lacks: there is nothing to resync")),
+            (None, _) => Err(no("this node keeps no mirror of that name")),
+        }
+    }
+
+    pub(super) async fn resync(&self, resync: &Resync) -> Result<Response, Response> {
+        let Ok(_alone) = self.resyncing.try_lock() else {
+            return Err(Response::error("refused", "a resync is under way: `twinbox status` says how far it is"));
+        };
+        let (spec, progress) = self.to_resync(resync).await?;
+        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(paths) = standby_of(&peers, &self.endpoints) else {
+            return Err(Response::error("refused", "no other node is known: run `twinbox pair`"));
+        };
+        let Ok(connection) = timeout(PEER_WITHIN, paths.connection()).await else {
+            let message = format!("node `{}` does not answer: what is here alone can only be told together with it", paths.node());
+            return Err(Response::error("peer", message));
+        };
+        let job = Job {
+            node: self.node.clone(),
+            spec: spec.clone(),
+            state_dir: self.state.clone(),
+            winner: resync.winner.clone(),
+            policy: if resync.rescue { Policy::Rescue } else { Policy::Merge },
+        };
+        let (apply, runtime) = (resync.apply, tokio::runtime::Handle::current());
+        let said = tokio::task::spawn_blocking(move || {
+            let show = {
+                let progress = progress.clone();
+                let since = std::sync::Mutex::new((String::new(), Instant::now()));
+                move |phase: &str, done: u64, total: Option<u64>| say(&progress, &since, phase, done, total)
+            };
+            let work = async { if apply { job.apply(&connection, &show).await } else { job.plan(&connection, &show).await } };
+            let said = runtime.block_on(work);
+            if let Ok(mut progress) = progress.lock() {
+                *progress = None;
+            }
+            (job, said)
+        });
+        let (job, said) = said.await.map_err(|_| Response::error("failed", "the resync was cut short: run it again"))?;
+        let said = said.map_err(|error| refused(&error))?;
+        if apply {
+            let mut roles = self.roles.lock().await;
+            let (done, started) = self.restart(&mut roles, || job.finish());
+            done.map_err(|error| refused(&error))?;
+            outcome::<()>(&spec.name, "resynced", "a standby", (Ok(()), started))?;
+            tracing::warn!(mirror = %spec.name, items = said.items.len(), rescued = said.rescued, "resynced: this node is a standby from now on");
+        }
+        Ok(Response::Ok(serde_json::to_value(said).unwrap_or_default()))
+    }
+}
+
+fn refused(error: &ResyncError) -> Response {
+    let code = match error {
+        ResyncError::Remote(_) => "peer",
+        ResyncError::Refused(_) => "refused",
+        _ => "failed",
+    };
+    Response::error(code, error.to_string())
+}
+
+/// How far it is, with what is left at the pace of this phase so far.
+fn say(progress: &ReturnProgress, since: &std::sync::Mutex<(String, Instant)>, phase: &str, done: u64, total: Option<u64>) {
+    let began = since.lock().map(|mut since| {
+        if since.0 != phase {
+            *since = (phase.to_owned(), Instant::now());
+        }
+        since.1
+    });
+    let spent = began.map_or(Duration::ZERO, |began| began.elapsed());
+    let left = total.filter(|total| done > 0 && *total >= done).map(|total| spent.as_secs_f64() / done as f64 * (total - done) as f64);
+    if let Ok(mut progress) = progress.lock() {
+        *progress = Some(SyncProgress {
+            phase: phase.into(),
+            files_done: done,
+            files_total: total,
+            bytes_done: 0,
+            bytes_total: None,
+            eta_s: left.map(|left| left as u64),
+        });
+    }
+}

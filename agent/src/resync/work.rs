@@ -1,0 +1,510 @@
+//! What the returning node does: learns what both had at the fork, finds what it has alone, has it merged, keeps the rest in rescue, and makes its rows say what its disk has.
+//!
+//! Repeatable at every step: the plan is stored before the first change and found again after a crash, each change on the other node can be made twice, a file that is in rescue is not there any more, rows and
+//! role are one write each. Until the last of them nothing of the mirror runs on this node.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use rustix::fs as rfs;
+use serde::{Deserialize, Serialize};
+use twinbox_protocol::PROTOCOL_VERSION;
+use twinbox_protocol::chunk::CHUNKER;
+use twinbox_protocol::entry::Entry;
+use twinbox_protocol::ids::{ContentHash, Epoch, Incarnation, Lsn};
+use twinbox_protocol::lineage::{Lineage, Meeting, Relation, Side, meet, relate};
+use twinbox_protocol::msg::{Hello, Position, Replica as Holding, Welcome};
+use twinbox_protocol::path::RelPath;
+use twinbox_protocol::rejoin::{Changes, Merge, Merged};
+use twinbox_resync::manifest::Manifest;
+use twinbox_resync::node::{MirrorState, NodeState, Role};
+use twinbox_resync::reconcile::{Item, Outcome, Plan, Policy, What, questions, reconcile};
+use twinbox_resync::rows::{Row, RowError, Rows};
+use twinbox_resync::schema::StateError;
+
+pub use super::remote::RemoteError;
+use super::report;
+use super::remote::Remote;
+use super::tail::{Differs, TailError, differences, tail};
+use crate::capture::engine::wall_ns;
+use crate::roles::{MirrorSpec, mirror_dir};
+use crate::standby::replica::Replica;
+use crate::standby::rescue::{Rescue, Why};
+use crate::tree::Root;
+
+/// The plan under way, in the mirror's directory.
+const PLAN: &str = "resync.json";
+
+/// Why a node is not a standby in sync yet.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResyncError {
+    /// The other node.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// This disk.
+    #[error(transparent)]
+    Tail(#[from] TailError),
+    /// Rows or roles.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A row.
+    #[error("{0}")]
+    Rows(#[from] RowError),
+    /// Files of the state, or rescue.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was done.
+        what: String,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// It cannot be, as things are.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What was decided, before any of it was done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Stored {
+    other: String,
+    lineage: Lineage,
+    epoch: Epoch,
+    fork: Position,
+    policy: Policy,
+    plan: Plan,
+    changes: Changes,
+    /// Everything was asked of the other node.
+    merged: bool,
+    /// Contents that came there by that.
+    there: BTreeSet<ContentHash>,
+    /// What is moved to rescue, once that is known.
+    rescued: Option<BTreeSet<RelPath>>,
+}
+
+/// What people are told.
+#[derive(Clone, Debug, Serialize)]
+pub struct Shown {
+    /// Mirror.
+    pub mirror: String,
+    /// This node.
+    pub node: String,
+    /// The one that stays.
+    pub winner: String,
+    /// Last position both had in common.
+    pub fork: u64,
+    /// Its own changes since then, which this node takes over: new, changed, gone paths.
+    pub theirs: [u64; 3],
+    /// One for each thing that happened here alone.
+    pub items: Vec<Item>,
+    /// Files that the mail server makes anew: the winner's are used, these are in rescue.
+    pub own_files: u64,
+    /// Applied, not only planned.
+    pub done: bool,
+    /// Files moved to rescue.
+    pub rescued: u64,
+    /// Where.
+    pub rescue: Option<PathBuf>,
+    /// The report.
+    pub report: Option<PathBuf>,
+    /// In words.
+    pub text: String,
+}
+
+/// Who comes back. Its futures block: they are driven by a thread that may.
+pub struct Job {
+    /// This node.
+    pub node: String,
+    /// The mirror.
+    pub spec: MirrorSpec,
+    /// `<state>`.
+    pub state_dir: PathBuf,
+    /// Named by the operator as the one that stays.
+    pub winner: Option<String>,
+    /// What may be merged.
+    pub policy: Policy,
+}
+
+/// Told now and then: what is done, how many are, of how many.
+pub type Progress<'a> = &'a (dyn Fn(&str, u64, Option<u64>) + Send + Sync);
+
+/// The other node, and what it said of itself.
+struct Other {
+    remote: Remote,
+    name: String,
+    lineage: Lineage,
+    epoch: Epoch,
+    position: Position,
+    /// From where its rows are needed; `None`: all.
+    since: Option<Lsn>,
+}
+
+fn io<T>(what: impl Into<String>, done: std::io::Result<T>) -> Result<T, ResyncError> {
+    done.map_err(|source| ResyncError::Io { what: what.into(), source })
+}
+
+impl Job {
+    fn dir(&self) -> PathBuf {
+        mirror_dir(&self.state_dir, &self.spec.name)
+    }
+
+    fn refused(&self, why: impl std::fmt::Display) -> ResyncError {
+        ResyncError::Refused(format!("mirror `{}`: {why}", self.spec.name))
+    }
+
+    fn known(&self) -> Result<MirrorState, ResyncError> {
+        let known = NodeState::open(&self.state_dir)?.mirror(&self.spec.name)?;
+        known.ok_or_else(|| self.refused("this node knows nothing of it: there is nothing to resync"))
+    }
+
+    fn manifest(&self) -> Result<Manifest, ResyncError> {
+        Ok(Manifest::open(&self.dir().join("manifest.db"), true)?)
+    }
+
+    fn root(&self) -> Result<Root, ResyncError> {
+        io(format!("root {}", self.spec.root.display()), Root::open(&self.spec.root))
+    }
+
+    async fn greet(&self, connection: &quinn::Connection) -> Result<Other, ResyncError> {
+        let known = self.known()?;
+        let manifest = self.manifest()?;
+        let ours = manifest.position().map_err(|e| manifest.state_error(&e))?;
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+            software: env!("CARGO_PKG_VERSION").into(),
+            node: self.node.clone(),
+            mirror: self.spec.name.clone(),
+            mirror_id: known.mirror_id,
+            lineage: known.lineage.clone(),
+            epoch: known.epoch,
+            incarnation: Incarnation([0; 16]),
+            position: ours,
+            digest: manifest.digest(),
+            digest_key: known.digest_key,
+            chunker: CHUNKER.into(),
+            layout: self.spec.layout.clone(),
+            wall_ns: wall_ns(),
+        };
+        drop(manifest);
+        let (remote, welcome) = Remote::greet(connection, hello).await?;
+        let Welcome { node: name, replica: Holding::Holds { lineage, epoch, position, chain_at_yours, .. }, .. } = welcome else {
+            return Err(RemoteError::OutOfTurn("nothing to compare with").into());
+        };
+        let us = Side { lineage: &known.lineage, epoch: known.epoch, position: ours };
+        let them = Side { lineage: &lineage, epoch, position };
+        if relate(us, them) == Relation::Unrelated {
+            return Err(self.refused(format!("node `{name}` has another store under this name: their histories have nothing in common, and nothing was changed")));
+        }
+        match (&self.winner, meet(us, them)) {
+            (Some(winner), _) if *winner == self.node => {
+                return Err(self.refused(format!("then node `{name}` is the one that comes back: run this command there")));
+            }
+            (Some(winner), _) if *winner != name => return Err(self.refused(format!("no node `{winner}` answers; the other one is `{name}`"))),
+            (Some(_), _) | (None, Meeting::Yield) => {}
+            (None, Meeting::Stand) => {
+                return Err(self.refused(format!("this node was promoted after `{name}`: run this command there (--winner {name} gives way all the same)")));
+            }
+            (None, _) => {
+                return Err(self.refused(format!(
+                    "this node and `{name}` have both gone on, and nobody can tell which of them is right: name the one that stays with --winner"
+                )));
+            }
+        }
+        // Its log up to our position is ours: only what came after that can differ from what we know.
+        let since = (chain_at_yours == Some(ours.chain) && ours.lsn <= position.lsn).then_some(ours.lsn);
+        Ok(Other { remote, name, lineage, epoch, position, since })
+    }
+
+    /// Takes over the rows both had at the fork.
+    async fn pull(&self, other: &mut Other) -> Result<Manifest, ResyncError> {
+        let mut manifest = self.manifest()?;
+        let mut since = other.since;
+        loop {
+            let mark = Lsn(other.position.lsn.0 + (1 << 40));
+            manifest.begin().map_err(|e| manifest.state_error(&e))?;
+            manifest.set_lsn(mark);
+            let (position, digest) = other
+                .remote
+                .rows::<ResyncError>(since, |path, entry| {
+                    let row = match entry {
+                        None => None,
+                        Some(entry) => {
+                            let local = manifest.row(&path)?.filter(|old| old.entry == entry).and_then(|old| old.local);
+                            Some(Row { entry, local })
+                        }
+                    };
+                    Ok(manifest.set(&path, row)?)
+                })
+                .await?;
+            if since.is_none() {
+                loop {
+                    let stale = manifest.unmarked(mark, 1000).map_err(|e| manifest.state_error(&e))?;
+                    if stale.is_empty() {
+                        break;
+                    }
+                    stale.iter().try_for_each(|path| manifest.set(path, None))?;
+                }
+            }
+            if manifest.digest() == digest {
+                // Not later than the fork: what is, is this node's own.
+                manifest.settle(mark, position.lsn).map_err(|e| manifest.state_error(&e))?;
+                manifest.commit(position).map_err(|e| manifest.state_error(&e))?;
+                return Ok(manifest);
+            }
+            manifest.roll_back().map_err(|e| manifest.state_error(&e))?;
+            if since.take().is_none() {
+                return Err(RemoteError::OutOfTurn("its rows do not match its own digest").into());
+            }
+        }
+    }
+
+    /// What differs from the rows now.
+    fn look(&self, manifest: &mut Manifest, progress: Progress<'_>) -> Result<BTreeMap<RelPath, Differs>, ResyncError> {
+        let root = self.root()?;
+        let (all, same) = differences(manifest, &root, &self.spec.selection, &mut |looked_at| progress("comparing", looked_at, None))?;
+        let position = manifest.position().map_err(|e| manifest.state_error(&e))?;
+        let mut noted = || {
+            manifest.begin()?;
+            same.iter().try_for_each(|(path, local)| manifest.set_local(path, Some(*local)))?;
+            manifest.commit(position)
+        };
+        noted().map_err(|error| StateError::from(manifest.state_error(&error)))?;
+        Ok(all)
+    }
+
+    async fn decide(&self, other: &mut Other, progress: Progress<'_>) -> Result<Stored, ResyncError> {
+        let boot = io("the kernel's boot id", crate::heal::boot_id())?;
+        progress("asking for the rows of the fork", 0, None);
+        let mut manifest = self.pull(other).await?;
+        let state = NodeState::open(&self.state_dir)?;
+        if state.local_mark(&self.spec.name)?.is_some_and(|mark| mark.boot != boot) {
+            // New bytes can be under old times.
+            manifest.distrust_in_place().map_err(|e| manifest.state_error(&e))?;
+        }
+        let known = self.known()?;
+        let fork = manifest.position().map_err(|e| manifest.state_error(&e))?;
+        let differences = self.look(&mut manifest, progress)?;
+        let tail = tail(&differences, &self.root()?);
+        progress("asking what the other node has", 0, Some(tail.len() as u64));
+        let theirs = other.remote.find(questions(&tail)).await?;
+        let changes = other.remote.changes().await?;
+        // A state that was put back from a copy does not know what it did after that: its flags and folders may be old ones.
+        let older = known.reserved < fork.lsn && other.since.is_none();
+        let policy = if older { Policy::Rescue } else { self.policy };
+        let plan = reconcile(&tail, self.spec.layout == "maildir", policy, &theirs);
+        Ok(Stored { other: other.name.clone(), lineage: other.lineage.clone(), epoch: other.epoch, fork, policy, plan, changes, merged: false, there: BTreeSet::new(), rescued: None })
+    }
+
+    fn stored(&self) -> Result<Option<Stored>, ResyncError> {
+        let path = self.dir().join(PLAN);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()), // Damaged: nothing of it is needed to decide again.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => io(format!("reading {}", path.display()), Err(error)),
+        }
+    }
+
+    fn store(&self, stored: &Stored) -> Result<(), ResyncError> {
+        let bytes = serde_json::to_vec(stored).map_err(std::io::Error::other);
+        io("storing the plan", bytes.and_then(|bytes| crate::atomic::write(&self.dir().join(PLAN), &bytes, 0o600)))
+    }
+
+    fn shown(&self, stored: &Stored) -> Shown {
+        let Changes { new, changed, gone, .. } = stored.changes;
+        let mut shown = Shown {
+            mirror: self.spec.name.clone(),
+            node: self.node.clone(),
+            winner: stored.other.clone(),
+            fork: stored.fork.lsn.0,
+            theirs: [new, changed, gone],
+            items: stored.plan.items.clone(),
+            own_files: stored.plan.own,
+            done: false,
+            rescued: 0,
+            rescue: None,
+            report: None,
+            text: String::new(),
+        };
+        shown.text = report::text(&shown, &stored.changes);
+        shown
+    }
+
+    /// Says what would be done. Changes nothing that people see.
+    ///
+    /// # Errors
+    /// [`ResyncError`].
+    pub async fn plan(&self, connection: &quinn::Connection, progress: Progress<'_>) -> Result<Shown, ResyncError> {
+        let mut other = self.greet(connection).await?;
+        if let Some(stored) = self.stored()?.filter(|stored| stored.fork == other.position) {
+            return Ok(self.shown(&stored)); // Begun, and not yet through.
+        }
+        let stored = self.decide(&mut other, progress).await?;
+        Ok(self.shown(&stored))
+    }
+
+    /// Does it; this node is a standby when it returns, and knows it after [`finish`].
+    ///
+    /// # Errors
+    /// [`ResyncError`]: it can be run again, and goes on where it was.
+    pub async fn apply(&self, connection: &quinn::Connection, progress: Progress<'_>) -> Result<Shown, ResyncError> {
+        let mut other = self.greet(connection).await?;
+        let mut stored = match self.stored()?.filter(|stored| stored.fork == other.position) {
+            Some(stored) => stored,
+            None => {
+                let stored = self.decide(&mut other, progress).await?;
+                self.store(&stored)?;
+                stored
+            }
+        };
+        // Its history may have grown since the plan was made.
+        (stored.lineage, stored.epoch) = (other.lineage.clone(), other.epoch);
+        if !stored.merged {
+            self.merge(&mut other, &mut stored, progress).await?;
+            stored.merged = true;
+        }
+        self.store(&stored)?;
+        drop(other);
+        let rescued = self.settle(&mut stored, progress)?;
+        let mut shown = self.shown(&stored);
+        (shown.done, shown.rescued, shown.rescue) = (true, rescued, (rescued > 0).then(|| self.dir().join("rescue")));
+        shown.text = report::text(&shown, &stored.changes);
+        let path = report::path(&self.dir());
+        shown.report = Some(path.clone());
+        shown.text += &format!("\nThis report: {}\n", path.display());
+        let wrote = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| crate::atomic::write(&path, shown.text.as_bytes(), 0o600));
+        io("writing the report", wrote)?;
+        Ok(shown)
+    }
+
+    /// Has every item made on the other node.
+    async fn merge(&self, other: &mut Other, stored: &mut Stored, progress: Progress<'_>) -> Result<(), ResyncError> {
+        let root = self.root()?;
+        let total = stored.plan.items.len() as u64;
+        // Folders have their new names before anything is put into them.
+        let (first, rest): (Vec<usize>, Vec<usize>) = (0..stored.plan.items.len()).partition(|n| stored.plan.items[*n].what == What::FolderMove);
+        for (done, n) in first.iter().chain(&rest).enumerate() {
+            progress("merging", done as u64, Some(total));
+            if done == first.len() {
+                self.dirs(other, &stored.plan.dirs).await?;
+            }
+            let item = &mut stored.plan.items[*n];
+            let hash = |merge: &Option<Merge>| match merge {
+                Some(Merge::Message { entry, .. }) => entry.hash(),
+                _ => None,
+            };
+            let Some(merge) = item.merge.clone() else { continue };
+            let file = match &merge {
+                Merge::Message { .. } => match root.file(&item.path) {
+                    Ok(file) => Some(File::from(file)),
+                    Err(error) => {
+                        // In rescue already, or changed by somebody since the plan was made: told with the rest.
+                        item.outcome = Outcome::Stays { why: format!("not there any more ({error})") };
+                        continue;
+                    }
+                },
+                _ => None,
+            };
+            match other.remote.merge(merge, file.as_ref()).await? {
+                Merged::Done | Merged::Already => stored.there.extend(hash(&item.merge)),
+                Merged::Kept { why } => {
+                    stored.plan.rescue.push(item.path.clone());
+                    item.outcome = Outcome::Rescue { why };
+                }
+            }
+        }
+        if rest.is_empty() {
+            self.dirs(other, &stored.plan.dirs).await?;
+        }
+        Ok(())
+    }
+
+    async fn dirs(&self, other: &mut Other, dirs: &[(RelPath, Entry)]) -> Result<(), ResyncError> {
+        for (path, entry) in dirs {
+            let _ = other.remote.merge(Merge::Dir { path: path.clone(), entry: entry.clone() }, None).await?; // What lacks it says so.
+        }
+        Ok(())
+    }
+
+    /// Keeps what nobody else has, then makes the rows say what this disk has; gives the number of files that are kept.
+    fn settle(&self, stored: &mut Stored, progress: Progress<'_>) -> Result<u64, ResyncError> {
+        let mut manifest = self.manifest()?;
+        let mut all = self.look(&mut manifest, progress)?;
+        let mut replica = Replica::new(self.root()?);
+        let rescue = Rescue::new(&self.dir());
+        let mut losers: BTreeSet<RelPath> = stored.rescued.take().unwrap_or_default();
+        losers.extend(stored.plan.rescue.iter().cloned());
+        let already: BTreeSet<&RelPath> =
+            stored.plan.items.iter().filter(|item| item.outcome == Outcome::Already).map(|item| &item.path).collect();
+        for (path, it) in &all {
+            let Some((entry, _)) = it.ours.as_ref().filter(|(entry, _)| !entry.is_dir()) else { continue };
+            let known = match entry.hash() {
+                // On the other node: at the fork, or since it was merged.
+                Some(hash) => stored.there.contains(&hash) || already.contains(path) || entry.size() == 0 || self.is_known(&manifest, hash)?,
+                None => it.fork.as_ref().is_some_and(|fork| fork.entry.kind == entry.kind),
+            };
+            if !known {
+                losers.insert(path.clone());
+            }
+        }
+        stored.rescued = Some(losers.clone());
+        self.store(stored)?;
+        let total = losers.len() as u64;
+        for (done, path) in losers.iter().enumerate() {
+            progress("keeping what the other node lacks", done as u64, Some(total));
+            let Some(it) = all.get_mut(path).filter(|it| it.ours.as_ref().is_some_and(|(entry, _)| !entry.is_dir())) else { continue };
+            let kept = rescue.take(&mut replica, path, Why::Resync);
+            kept.map_err(|error| ResyncError::Io { what: format!("moving {path} to rescue"), source: error.into() })?;
+            it.ours = None;
+        }
+        let state = io("opening the state directory", File::open(self.dir()))?;
+        let synced = rfs::syncfs(replica.root.fd()).and_then(|()| rfs::syncfs(&state));
+        io("syncing", synced.map_err(std::io::Error::from))?;
+        manifest.begin().map_err(|e| manifest.state_error(&e))?;
+        // Later than the fork: the other node asks for what came after that, and finds exactly this.
+        manifest.set_lsn(stored.fork.lsn.next());
+        for (path, it) in all.iter().rev().filter(|(_, it)| it.ours.is_none()) {
+            if it.fork.is_some() {
+                manifest.set(path, None)?;
+            }
+        }
+        for (path, it) in &all {
+            if let Some((entry, local)) = &it.ours {
+                manifest.set(path, Some(Row { entry: entry.clone(), local: Some(*local) }))?;
+            }
+        }
+        manifest.commit(stored.fork).map_err(|e| manifest.state_error(&e))?;
+        Ok(total)
+    }
+
+    fn is_known(&self, manifest: &Manifest, hash: ContentHash) -> Result<bool, ResyncError> {
+        Ok(!manifest.by_hash(hash).map_err(|e| manifest.state_error(&e))?.is_empty())
+    }
+
+    /// This node is a standby of the other from now on. The last step: durable when it returns.
+    ///
+    /// # Errors
+    /// [`ResyncError`]: it can be run again.
+    pub fn finish(&self) -> Result<(), ResyncError> {
+        let dir = self.dir();
+        let Some(stored) = self.stored()? else { return Err(self.refused("there is no plan that was applied")) };
+        for part in ["redo", "staging"] {
+            gone(fs::remove_dir_all(dir.join(part)), &dir.join(part))?;
+        }
+        let node = NodeState::open(&self.state_dir)?;
+        let known = self.known()?;
+        let state = MirrorState { role: Role::Standby, lineage: stored.lineage, epoch: stored.epoch, complete: true, ..known };
+        node.set_mirror(&self.spec.name, &state)?;
+        for mark in [crate::switch::RETURNING, PLAN] {
+            gone(fs::remove_file(dir.join(mark)), &dir.join(mark))?;
+        }
+        Ok(())
+    }
+}
+
+fn gone(removed: std::io::Result<()>, path: &Path) -> Result<(), ResyncError> {
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => io(format!("removing {}", path.display()), Err(error)),
+        _ => Ok(()),
+    }
+}
