@@ -34,3 +34,4 @@ pub mod storm;
 pub mod tree;
 pub mod twinbox;
 pub mod walk;
+pub mod world;

@@ -100,9 +100,8 @@ impl Node {
     }
 
     fn args(&self, words: &[&str]) -> Vec<OsString> {
-        let mut args: Vec<OsString> = vec![words[0].into(), "--config".into()];
-        args.push(self.config.clone().into());
-        args.extend(words[1..].iter().map(Into::into));
+        let mut args: Vec<OsString> = words.iter().map(Into::into).collect();
+        args.extend(["--config".into(), self.config.clone().into()]);
         args
     }
 

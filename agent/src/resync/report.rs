@@ -57,7 +57,7 @@ fn line(item: &Item, winner: &str, done: bool) -> String {
 }
 
 /// The whole of it.
-pub(super) fn text(shown: &Shown, changes: &Changes) -> String {
+pub(super) fn text(shown: &Shown, all: &[Item], changes: &Changes) -> String {
     let Shown { mirror, node, winner, .. } = shown;
     let mut out = format!(
         "Mirror `{mirror}`: node `{node}` comes back, and `{winner}` stays as it is. Both were the same up to LSN {}.\n\nOn `{winner}` since then: {} new, {} changed, {} gone paths; this node takes them over.\n",
@@ -71,9 +71,9 @@ pub(super) fn text(shown: &Shown, changes: &Changes) -> String {
         };
         let _ = writeln!(out, "    {kind}: {path}");
     }
-    let _ = writeln!(out, "\nOn `{node}` alone: {} things.", shown.items.len());
+    let _ = writeln!(out, "\nOn `{node}` alone: {} things.", all.len());
     for what in ALL {
-        let items: Vec<&Item> = shown.items.iter().filter(|item| item.what == what).collect();
+        let items: Vec<&Item> = all.iter().filter(|item| item.what == what).collect();
         if items.is_empty() {
             continue;
         }
@@ -98,7 +98,7 @@ pub(super) fn text(shown: &Shown, changes: &Changes) -> String {
     if shown.own_files > 0 {
         let _ = writeln!(out, "\n  {} indexes and lists of the mail server differ: those of `{winner}` are used.", shown.own_files);
     }
-    let persons = shown.items.iter().filter(|item| matches!(item.outcome, Outcome::Rescue { .. })).count();
+    let persons = all.iter().filter(|item| matches!(item.outcome, Outcome::Rescue { .. })).count();
     let _ = match (persons, shown.done) {
         (0, _) => writeln!(out, "\nNothing needs a person."),
         (n, true) => writeln!(out, "\n{n} of them need a person: look at them in rescue, and give back what is wanted."),

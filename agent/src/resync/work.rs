@@ -97,7 +97,7 @@ pub struct Shown {
     /// Its own changes since then, which this node takes over: new, changed, gone paths.
     pub theirs: [u64; 3],
     /// One for each thing that happened here alone.
-    pub items: Vec<Item>,
+    pub items: Vec<Told>,
     /// Files that the mail server makes anew: the winner's are used, these are in rescue.
     pub own_files: u64,
     /// Applied, not only planned.
@@ -110,6 +110,27 @@ pub struct Shown {
     pub report: Option<PathBuf>,
     /// In words.
     pub text: String,
+}
+
+/// One of them.
+#[derive(Clone, Debug, Serialize)]
+pub struct Told {
+    /// Kind.
+    pub what: What,
+    /// Where: on this node, or, when it is gone, at the fork. Bytes that are not UTF-8 stand as `\xNN`.
+    pub path: String,
+    /// Where it was at the fork, if elsewhere.
+    pub from: Option<String>,
+    /// What becomes of it, and why.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+impl From<&Item> for Told {
+    fn from(item: &Item) -> Self {
+        let Item { what, path, from, outcome, .. } = item;
+        Told { what: *what, path: path.to_string(), from: from.as_ref().map(ToString::to_string), outcome: outcome.clone() }
+    }
 }
 
 /// Who comes back. Its futures block: they are driven by a thread that may.
@@ -318,7 +339,7 @@ impl Job {
             winner: stored.other.clone(),
             fork: stored.fork.lsn.0,
             theirs: [new, changed, gone],
-            items: stored.plan.items.clone(),
+            items: stored.plan.items.iter().map(Told::from).collect(),
             own_files: stored.plan.own,
             done: false,
             rescued: 0,
@@ -326,7 +347,7 @@ impl Job {
             report: None,
             text: String::new(),
         };
-        shown.text = report::text(&shown, &stored.changes);
+        shown.text = report::text(&shown, &stored.plan.items, &stored.changes);
         shown
     }
 
@@ -368,7 +389,7 @@ impl Job {
         let rescued = self.settle(&mut stored, progress)?;
         let mut shown = self.shown(&stored);
         (shown.done, shown.rescued, shown.rescue) = (true, rescued, (rescued > 0).then(|| self.dir().join("rescue")));
-        shown.text = report::text(&shown, &stored.changes);
+        shown.text = report::text(&shown, &stored.plan.items, &stored.changes);
         let path = report::path(&self.dir());
         shown.report = Some(path.clone());
         shown.text += &format!("\nThis report: {}\n", path.display());
@@ -436,11 +457,15 @@ impl Job {
         losers.extend(stored.plan.rescue.iter().cloned());
         let already: BTreeSet<&RelPath> =
             stored.plan.items.iter().filter(|item| item.outcome == Outcome::Already).map(|item| &item.path).collect();
+        let moved: BTreeSet<ContentHash> = all.values().filter_map(|it| it.fork.as_ref()?.entry.hash()).collect();
         for (path, it) in &all {
             let Some((entry, _)) = it.ours.as_ref().filter(|(entry, _)| !entry.is_dir()) else { continue };
             let known = match entry.hash() {
-                // On the other node: at the fork, or since it was merged.
-                Some(hash) => stored.there.contains(&hash) || already.contains(path) || entry.size() == 0 || self.is_known(&manifest, hash)?,
+                // On the other node: since it was merged, or at the fork (small ones of paths that are as they were are not found, and kept in vain).
+                Some(hash) => {
+                    let merged = stored.there.contains(&hash) || already.contains(path) || moved.contains(&hash);
+                    merged || entry.size() == 0 || self.is_known(&manifest, hash)?
+                }
                 None => it.fork.as_ref().is_some_and(|fork| fork.entry.kind == entry.kind),
             };
             if !known {

@@ -1,0 +1,138 @@
+//! An old primary comes back with a tail: what it has alone is merged into the new one, or kept, and it is a standby in sync.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use twinbox_tests::gate::{heavy, wait_until};
+use twinbox_tests::tree::{Layout, Rules, assert_identical};
+use twinbox_tests::world::{LIMIT, World};
+
+/// `alpha` was cut off, has gone on alone by `tail`, and died; `beta` was promoted and has gone on by `after`; `alpha` is back, and has stepped down.
+fn failed_back(name: &str, tail: impl FnOnce(&Path), after: impl FnOnce(&Path)) -> World {
+    let mut world = World::new(name);
+    world.nodes[1].kill9();
+    world.nodes[0].wait_state(LIMIT, "unprotected");
+    let generation = world.said(0).generation;
+    tail(&world.trees[0].join("anna/Maildir"));
+    wait_until(LIMIT, "a history of its own", || world.said(0).generation != generation);
+    world.nodes[0].kill9();
+    world.nodes[1].start();
+    wait_until(LIMIT, "beta to answer", || world.nodes[1].status().is_some());
+    world.ok(1, &["promote"]);
+    after(&world.trees[1].join("anna/Maildir"));
+    world.nodes[0].start();
+    wait_until(LIMIT, "alpha to step down", || {
+        world.nodes[0].status().is_some_and(|s| (s.said.mirrors[0].role.as_str(), s.said.mirrors[0].state.as_str()) == ("standby", "diverged"))
+    });
+    world
+}
+
+fn deliver(maildir: &Path, name: &str, text: &str) {
+    fs::write(maildir.join("tmp/x"), text).unwrap();
+    fs::rename(maildir.join("tmp/x"), maildir.join(name)).unwrap();
+}
+
+fn rename(maildir: &Path, from: &str, to: &str) {
+    fs::rename(maildir.join(from), maildir.join(to)).unwrap();
+}
+
+fn json(world: &World, words: &[&str]) -> Value {
+    let ended = world.nodes[0].command(words);
+    assert!(ended.status.success(), "{words:?}: {}", ended.stderr);
+    serde_json::from_str(&ended.stdout).unwrap()
+}
+
+/// `what: path: outcome` of each item.
+fn items(shown: &Value) -> Vec<String> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let item = |item: &Value| format!("{}: {}: {}", text(&item["what"]), text(&item["path"]), text(&item["outcome"]));
+    shown["items"].as_array().unwrap().iter().map(item).collect()
+}
+
+#[test]
+fn failback_merges_what_only_the_old_primary_has() {
+    let _turn = heavy();
+    let world = failed_back(
+        "failback",
+        |alpha| {
+            deliver(alpha, "new/tail", "only on alpha");
+            deliver(alpha, "cur/seen:2,S", "only on alpha, and read");
+            rename(alpha, "new/4", "cur/4:2,FS");
+            rename(alpha, "new/5", "cur/5:2,S");
+            rename(alpha, "new/7", "cur/7:2,");
+            fs::remove_file(alpha.join("new/6")).unwrap();
+            rename(alpha, ".Sent", ".Old");
+            deliver(alpha, ".Old/cur/late:2,S", "into the renamed folder");
+            fs::create_dir_all(alpha.join(".New/cur")).unwrap();
+            fs::create_dir_all(alpha.join(".New/new")).unwrap();
+            fs::create_dir_all(alpha.join(".New/tmp")).unwrap();
+            deliver(alpha, ".New/new/first", "into a new folder");
+            fs::write(alpha.join("sieve"), "keep;").unwrap();
+            fs::write(alpha.join("new/1"), "changed on alpha").unwrap();
+            fs::write(alpha.join("dovecot.index.log"), "alpha's").unwrap();
+        },
+        |beta| {
+            deliver(beta, "new/after", "only on beta");
+            rename(beta, "new/5", "cur/5:2,R");
+            fs::write(beta.join("new/1"), "changed on beta").unwrap();
+            fs::write(beta.join("dovecot.index.log"), "beta's").unwrap();
+            fs::remove_file(beta.join("new/8")).unwrap();
+        },
+    );
+    let plan = json(&world, &["resync", "plan", "--json"]);
+    let expected = [
+        "message: anna/Maildir/.New/new/first: merge",
+        "message: anna/Maildir/.Old/cur/late:2,S: merge",
+        "message: anna/Maildir/cur/seen:2,S: merge",
+        "message: anna/Maildir/new/tail: merge",
+        "flags: anna/Maildir/cur/4:2,FS: merge",
+        "flags: anna/Maildir/cur/5:2,S: merge",
+        "deletion: anna/Maildir/new/6: stays",
+        "folder: anna/Maildir/.New: merge",
+        "folder-move: anna/Maildir/.Old: merge",
+        "file: anna/Maildir/new/1: rescue",
+        "file: anna/Maildir/sieve: rescue",
+    ];
+    assert_eq!(items(&plan), expected);
+    assert_eq!((&plan["done"], world.holds(1, "new/tail")), (&Value::Bool(false), None), "a plan changes nothing");
+    assert!(plan["theirs"].as_array().unwrap().iter().all(|n| n.as_u64() >= Some(1)), "{plan}");
+
+    let done = json(&world, &["resync", "apply", "--json"]);
+    assert_eq!(items(&done), expected);
+    world.in_sync();
+    assert_identical(&world.trees[0], &world.trees[1], Rules::of(Layout::Maildir));
+    assert_eq!((world.said(0).role.as_str(), world.said(1).role.as_str()), ("standby", "primary"));
+    for (name, text) in [
+        ("new/tail", "only on alpha"),
+        ("cur/seen:2,S", "only on alpha, and read"),
+        ("cur/4:2,FS", "message 4"),
+        ("cur/5:2,RS", "message 5"),
+        ("new/6", "message 6"),
+        (".Old/cur/3:2,", "message 3"),
+        (".Old/cur/late:2,S", "into the renamed folder"),
+        (".New/new/first", "into a new folder"),
+        ("new/after", "only on beta"),
+        ("new/1", "changed on beta"),
+        ("dovecot.index.log", "beta's"),
+    ] {
+        assert_eq!(world.holds(1, name).as_deref(), Some(text), "{name}");
+    }
+    assert_eq!((world.holds(1, "new/8"), world.holds(1, "sieve"), world.holds(1, ".Sent/cur/3:2,")), (None, None, None));
+    let rescued: Vec<(String, String)> = world.rescued(0);
+    let rescued: Vec<(&str, &str)> = rescued.iter().map(|(name, content)| (name.as_str(), content.as_str())).collect();
+    assert_eq!(rescued, [("1", "changed on alpha"), ("dovecot.index.log", "alpha's"), ("sieve", "keep;")]);
+    assert_eq!(world.rescued(1), []);
+    let report = fs::read_to_string(done["report"].as_str().unwrap()).unwrap();
+    for line in ["On `alpha` alone: 11 things.", "4 messages that came: 4 merged into `beta`", "2 of them need a person"] {
+        assert!(report.contains(line), "{line}:\n{report}");
+    }
+    world.refused(0, &["resync", "apply"], "nothing to resync");
+
+    // And back.
+    world.ok(1, &["demote"]);
+    world.ok(0, &["promote"]);
+    world.deliver(0, "new/last", "on alpha again");
+    world.in_sync();
+    assert_eq!(world.holds(1, "new/last").as_deref(), Some("on alpha again"));
+}
