@@ -20,6 +20,16 @@ pub struct Message {
     pub date: String,
     /// Hash of the whole message.
     pub body: [u8; 32],
+    /// Its Message-ID.
+    pub id: String,
+}
+
+/// The Message-ID of a message.
+#[must_use]
+pub fn id_of(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&text[..text.len().min(2000)]).into_owned();
+    let line = text.lines().find_map(|line| line.strip_prefix("Message-ID: ")).unwrap_or_default();
+    line.trim().to_owned()
 }
 
 /// What opening a mailbox says.
@@ -248,6 +258,7 @@ fn message(text: &str, body: &[u8]) -> io::Result<Message> {
         size: number(&until(after("RFC822.SIZE ")?, &[' ', ')']))?,
         date: until(after("INTERNALDATE \"")?, &['"']),
         body: *blake3::hash(body).as_bytes(),
+        id: id_of(body),
     })
 }
 

@@ -14,6 +14,7 @@ pub mod bench;
 pub mod besieged;
 pub mod disk;
 pub mod dovecot;
+pub mod failback;
 pub mod fence;
 pub mod fenced;
 pub mod gate;

@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
-use twinbox_tests::gate::{heavy, wait_until};
+use twinbox_tests::failback::{Site, TAIL, count};
+use twinbox_tests::gate::{Need, heavy, full, wait_until};
+use twinbox_tests::require;
 use twinbox_tests::tree::{Layout, Rules, assert_identical};
 use twinbox_tests::world::{LIMIT, World};
 
@@ -135,4 +138,21 @@ fn failback_merges_what_only_the_old_primary_has() {
     world.deliver(0, "new/last", "on alpha again");
     world.in_sync();
     assert_eq!(world.holds(1, "new/last").as_deref(), Some("on alpha again"));
+}
+
+/// The whole story with Dovecot.
+fn with_dovecot(layout: Layout) {
+    require!(Need::Namespaces, Need::Dovecot);
+    let _turn = heavy();
+    let outage = Duration::from_secs(if full() { 60 } else { 3 });
+    let done = Site::new(layout).run(outage, |_| {}).unwrap();
+    let counted = count(&done);
+    let counted: Vec<u64> = ["message", "flags", "deletion", "folder-move"].iter().map(|what| counted.get(*what).copied().unwrap_or(0)).collect();
+    assert_eq!(counted, TAIL, "{done:#}");
+    assert_eq!(done["items"].as_array().unwrap().len() as u64, TAIL.iter().sum::<u64>(), "{done:#}");
+}
+
+#[test]
+fn failback_maildir() {
+    with_dovecot(Layout::Maildir);
 }

@@ -178,7 +178,7 @@ impl Agent {
         if !switch.force && !connected.is_empty() {
             let node = connected.join(", ");
             return Err(no(format!(
-                "its primary `{node}` is alive and connected: stop the mail server there and run `twinbox demote` there first (--force: two primaries, of which one will lose)"
+                "its primary `{node}` is alive and connected, or has been gone for some seconds only: stop the mail server there and run `twinbox demote` there first, or try again (--force: two primaries, of which one will lose)"
             )));
         }
         let complete = roles.standbys().iter().any(|(of, handle)| of == name && handle.status().complete);

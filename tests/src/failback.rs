@@ -1,0 +1,259 @@
+//! A site of two nodes with Dovecot through everything that can be asked of it: the link is cut, the primary's machine dies with a tail, the other is promoted and takes mail, the old one comes back, is
+//! resynced, and takes over again. Every message that either server ever accepted must be readable on both nodes, once.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::dovecot::{self, Dovecot, Dump};
+use crate::gate::{nap_until, wait_until};
+use crate::imap::{Answer, Imap, id_of, quoted};
+use crate::lmtp::Lmtp;
+use crate::mailload;
+use crate::netns::Cable;
+use crate::node::{Node, Pair};
+use crate::rng::{Rng, Seed};
+use crate::scratch::Scratch;
+use crate::tree::{Layout, Rules, wait_identical};
+
+/// Longest wait for anything.
+const LIMIT: Duration = Duration::from_secs(90);
+/// Users.
+const USERS: usize = 4;
+/// Folders each has, which are moved in the tail.
+const FOLDERS: usize = 5;
+
+/// What happens in the tail: messages, flag changes, deletions, moved folders.
+pub const TAIL: [u64; 4] = [50, 20, 10, 5];
+
+/// The site.
+#[derive(Debug)]
+pub struct Site {
+    layout: Layout,
+    trees: [PathBuf; 2],
+    pair: Pair,
+    cable: Cable,
+    scratch: Scratch,
+    users: Vec<String>,
+    /// Every message a server has accepted: its number ▶ its text.
+    accepted: BTreeMap<usize, Vec<u8>>,
+    rng: Rng,
+}
+
+impl Site {
+    /// `alpha` is primary; its users have folders and mail.
+    #[must_use]
+    pub fn new(layout: Layout) -> Self {
+        let scratch = Scratch::new(&format!("failback-{}", layout.name()));
+        let trees = [dovecot::store(&scratch, "alpha-store"), scratch.dir("beta-store")];
+        let (pair, cable) = Pair::over_cable(scratch.path(), &trees[0], &trees[1], layout);
+        let rng = Rng::part(Seed::from_env().0, 811);
+        let users = dovecot::users(USERS);
+        Site { layout, trees, pair, cable, scratch, users, accepted: BTreeMap::new(), rng }
+    }
+
+    fn serve(&self, node: usize) -> Dovecot {
+        Dovecot::start(&self.trees[node], self.layout)
+    }
+
+    fn deliver(&mut self, server: &Dovecot, count: usize) -> io::Result<()> {
+        let mut lmtp = Lmtp::connect(server.lmtp())?;
+        for _ in 0..count {
+            let n = self.accepted.len();
+            let message = mailload::message(&mut self.rng, n);
+            let user = self.rng.below(self.users.len());
+            lmtp.deliver(&self.users[user..=user], &message)?;
+            self.accepted.insert(n, message);
+        }
+        Ok(())
+    }
+
+    /// Folders with a few messages each; an inbox of which some are read.
+    fn furnish(&mut self, server: &Dovecot) -> io::Result<()> {
+        self.deliver(server, 80)?;
+        for user in &self.users {
+            let mut imap = Imap::login(server.imap(), user)?;
+            for n in 0..FOLDERS {
+                must(&mut imap, &format!("CREATE {}", quoted(&format!("Folder {n}"))))?;
+                imap.select("INBOX")?;
+                if let Some(uid) = imap.uids()?.first() {
+                    must(&mut imap, &format!("UID MOVE {uid} {}", quoted(&format!("Folder {n}"))))?;
+                }
+            }
+            imap.logout();
+        }
+        Ok(())
+    }
+
+    /// What nobody else will have: [`TAIL`].
+    fn make_tail(&mut self, server: &Dovecot) -> io::Result<()> {
+        let user = self.users[0].clone();
+        let mut imap = Imap::login(server.imap(), &user)?;
+        imap.select("INBOX")?;
+        let before = imap.uids()?;
+        let wanted = TAIL[2] as usize;
+        let mut gone = 0;
+        for uid in before.iter().take(wanted) {
+            must(&mut imap, &format!("UID STORE {uid} +FLAGS (\\Deleted)"))?;
+            gone += 1;
+        }
+        assert_eq!(gone, wanted, "the inbox of {user} is too small");
+        must(&mut imap, "EXPUNGE")?;
+        for n in 0..FOLDERS {
+            must(&mut imap, &format!("RENAME {} {}", quoted(&format!("Folder {n}")), quoted(&format!("Moved {n}"))))?;
+        }
+        imap.logout();
+        let mut flagged = 0;
+        for user in &self.users[1..] {
+            let mut imap = Imap::login(server.imap(), user)?;
+            imap.select("INBOX")?;
+            for uid in imap.uids()? {
+                if flagged < TAIL[1] {
+                    let flags = ["\\Flagged", "\\Seen", "\\Answered \\Seen", "$Work"][flagged as usize % 4];
+                    must(&mut imap, &format!("UID STORE {uid} +FLAGS ({flags})"))?;
+                    flagged += 1;
+                }
+            }
+            imap.logout();
+        }
+        assert_eq!(flagged, TAIL[1], "the inboxes are too small");
+        self.deliver(server, TAIL[0] as usize)
+    }
+
+    fn said(&self, node: usize) -> Option<(String, String)> {
+        let mirror = self.node(node).status()?.said.mirrors.into_iter().next()?;
+        Some((mirror.role, mirror.state))
+    }
+
+    fn node(&self, node: usize) -> &Node {
+        if node == 0 { &self.pair.primary } else { &self.pair.standby }
+    }
+
+    fn ok(&self, node: usize, words: &[&str]) -> String {
+        self.node(node).command(words).ok(&words.join(" ")).stdout
+    }
+
+    fn in_sync(&self) {
+        for node in 0..2 {
+            self.node(node).wait_state(LIMIT, "protected");
+        }
+        if let Err(why) = wait_identical(&self.trees[0], &self.trees[1], Rules::of(self.layout), LIMIT) {
+            panic!("not identical {why}\n{:#?}\n{:#?}", self.node(0).status(), self.node(1).status());
+        }
+    }
+
+    /// Runs all of it, with the link away for `outage`; gives what `resync apply --json` said.
+    ///
+    /// # Errors
+    /// A server refused something.
+    pub fn run(&mut self, outage: Duration, mut while_applying: impl FnMut(&mut Self)) -> io::Result<Value> {
+        self.pair.wait_drained(LIMIT);
+        let server = self.serve(0);
+        self.furnish(&server)?;
+        self.pair.wait_drained(LIMIT);
+
+        // The link is away for a while, and mail goes on.
+        self.cable.cut();
+        let until = Instant::now() + outage;
+        self.node(0).wait_state(LIMIT, "unprotected");
+        self.deliver(&server, 20)?;
+        nap_until(until);
+        self.cable.restore();
+        self.node(0).wait_state(LIMIT, "protected");
+        self.pair.wait_drained(LIMIT);
+
+        // The machine dies, after some things that nobody else has heard of.
+        self.cable.cut();
+        self.node(0).wait_state(LIMIT, "unprotected");
+        self.make_tail(&server)?;
+        self.pair.primary.kill9();
+        assert_eq!(server.complaints(), Vec::<String>::new());
+        server.stop();
+
+        wait_until(LIMIT, "beta to know that it is alone", || {
+            self.node(1).status().is_some_and(|s| s.said.mirrors[0].peers.iter().all(|peer| !peer.connected))
+        });
+        self.ok(1, &["promote"]);
+        let server = self.serve(1);
+        self.deliver(&server, 30)?;
+
+        self.cable.restore();
+        self.pair.primary.start();
+        wait_until(LIMIT, "alpha to step down", || self.said(0) == Some(("standby".into(), "diverged".into())));
+        let plan: Value = serde_json::from_str(&self.ok(0, &["resync", "plan", "--json"])).map_err(io::Error::other)?;
+        while_applying(self);
+        let done: Value = serde_json::from_str(&self.ok(0, &["resync", "apply", "--json"])).map_err(io::Error::other)?;
+        assert_eq!(count(&plan), count(&done), "what was planned and what was done");
+        self.deliver(&server, 5)?;
+        self.in_sync_while(&server);
+
+        // And back, in order.
+        assert_eq!(server.complaints(), Vec::<String>::new(), "beta's Dovecot complains");
+        server.stop();
+        self.ok(1, &["demote"]);
+        self.ok(0, &["promote"]);
+        let server = self.serve(0);
+        self.deliver(&server, 5)?;
+        let alpha = server.dump(&self.users);
+        assert_eq!(server.complaints(), Vec::<String>::new(), "alpha's Dovecot complains");
+        server.stop();
+        self.in_sync();
+        let reader = self.serve(1); // It changes what it reads: last.
+        let beta = reader.dump(&self.users);
+        assert_eq!(reader.complaints(), Vec::<String>::new(), "Dovecot on beta's replica complains");
+        reader.stop();
+        for (node, dump) in [("alpha", &alpha), ("beta", &beta)] {
+            self.all_there(node, dump);
+        }
+        assert_eq!(dovecot::differences(&alpha, &beta), Vec::<String>::new());
+        Ok(done)
+    }
+
+    /// The server runs, and makes lists of its own when it is looked at: identical in the end all the same.
+    fn in_sync_while(&self, server: &Dovecot) {
+        let _ = server.dump(&self.users);
+        self.in_sync();
+    }
+
+    /// Every message once; deletions of the tail are not repeated, so what was deleted is back.
+    fn all_there(&self, node: &str, dump: &Dump) {
+        let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+        for mailbox in dump.values().flat_map(|account| account.mailboxes.values()) {
+            for message in &mailbox.messages {
+                *seen.entry(message.id.clone()).or_default() += 1;
+            }
+        }
+        for (n, text) in &self.accepted {
+            let id = id_of(text);
+            let times = seen.get(&id).copied().unwrap_or(0);
+            assert_eq!(times, 1, "{node}: message {n} ({id}) is there {times} times");
+        }
+        assert_eq!(seen.len(), self.accepted.len(), "{node}: other messages than were accepted");
+    }
+
+    /// Where it all is, for whoever looks into it.
+    #[must_use]
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+}
+
+/// Items by kind.
+#[must_use]
+pub fn count(shown: &Value) -> BTreeMap<String, u64> {
+    let mut all = BTreeMap::new();
+    for item in shown["items"].as_array().into_iter().flatten() {
+        *all.entry(item["what"].as_str().unwrap_or_default().to_owned()).or_default() += 1;
+    }
+    all
+}
+
+fn must(imap: &mut Imap, command: &str) -> io::Result<()> {
+    match imap.run(command)? {
+        Answer::Ok => Ok(()),
+        Answer::No => Err(io::Error::other(format!("refused: {command}"))),
+    }
+}
