@@ -12,3 +12,6 @@ mod tail;
 pub mod work;
 
 pub use work::{ResyncError, Shown};
+
+#[cfg(test)]
+mod tests;

@@ -67,20 +67,20 @@ pub enum ResyncError {
 
 /// What was decided, before any of it was done.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Stored {
-    other: String,
-    lineage: Lineage,
-    epoch: Epoch,
-    fork: Position,
-    policy: Policy,
-    plan: Plan,
-    changes: Changes,
+pub(super) struct Stored {
+    pub(super) other: String,
+    pub(super) lineage: Lineage,
+    pub(super) epoch: Epoch,
+    pub(super) fork: Position,
+    pub(super) policy: Policy,
+    pub(super) plan: Plan,
+    pub(super) changes: Changes,
     /// Everything was asked of the other node.
-    merged: bool,
+    pub(super) merged: bool,
     /// Contents that came there by that.
-    there: BTreeSet<ContentHash>,
+    pub(super) there: BTreeSet<ContentHash>,
     /// What is moved to rescue, once that is known.
-    rescued: Option<BTreeSet<RelPath>>,
+    pub(super) rescued: Option<BTreeSet<RelPath>>,
 }
 
 /// What people are told.
@@ -448,7 +448,7 @@ impl Job {
     }
 
     /// Keeps what nobody else has, then makes the rows say what this disk has; gives the number of files that are kept.
-    fn settle(&self, stored: &mut Stored, progress: Progress<'_>) -> Result<u64, ResyncError> {
+    pub(super) fn settle(&self, stored: &mut Stored, progress: Progress<'_>) -> Result<u64, ResyncError> {
         let mut manifest = self.manifest()?;
         let mut all = self.look(&mut manifest, progress)?;
         let mut replica = Replica::new(self.root()?);
