@@ -1,15 +1,17 @@
 //! An old primary comes back with a tail: what it has alone is merged into the new one, or kept, and it is a standby in sync.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use twinbox_tests::failback::{Site, TAIL, count};
-use twinbox_tests::gate::{Need, heavy, full, wait_until};
+use twinbox_tests::gate::{Need, full, heavy, nap_until, wait_until};
 use twinbox_tests::require;
+use twinbox_tests::rng::{Rng, Seed};
 use twinbox_tests::tree::{Layout, Rules, assert_identical};
-use twinbox_tests::world::{LIMIT, World};
+use twinbox_tests::world::{LIMIT, REFUSED, World};
 
 /// `alpha` was cut off, has gone on alone by `tail`, and died; `beta` was promoted and has gone on by `after`; `alpha` is back, and has stepped down.
 fn failed_back(name: &str, tail: impl FnOnce(&Path), after: impl FnOnce(&Path)) -> World {
@@ -138,6 +140,71 @@ fn failback_merges_what_only_the_old_primary_has() {
     world.deliver(0, "new/last", "on alpha again");
     world.in_sync();
     assert_eq!(world.holds(1, "new/last").as_deref(), Some("on alpha again"));
+}
+
+/// Files of a store, by path; the mail server's none here.
+fn files(root: &Path) -> BTreeMap<PathBuf, String> {
+    let (mut all, mut stack) = (BTreeMap::new(), vec![root.to_owned()]);
+    while let Some(dir) = stack.pop() {
+        for item in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if item.file_type().unwrap().is_dir() {
+                stack.push(item.path());
+            } else {
+                all.insert(item.path().strip_prefix(root).unwrap().to_owned(), fs::read_to_string(item.path()).unwrap());
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn failback_killed_at_any_moment_comes_to_the_same() {
+    let _turn = heavy();
+    let (wanted, mut rng) = (if full() { 100 } else { 6 }, Rng::part(Seed::from_env().0, 812));
+    let (mut kills, mut first) = (0, None);
+    while kills < wanted {
+        let mut world = failed_back(
+            "killed",
+            |alpha| {
+                for n in 0..120 {
+                    deliver(alpha, &format!("new/tail {n}"), &format!("only on alpha {n}"));
+                }
+                rename(alpha, "new/4", "cur/4:2,FS");
+                rename(alpha, ".Sent", ".Old");
+                fs::remove_file(alpha.join("new/6")).unwrap();
+                (0..40).for_each(|n| fs::write(alpha.join(format!("file {n}")), format!("alpha's {n}")).unwrap());
+            },
+            |beta| deliver(beta, "new/after", "only on beta"),
+        );
+        loop {
+            let nodes = &mut world.nodes;
+            let after = Instant::now() + Duration::from_micros(rng.below(400_000) as u64);
+            let (program, logs, config) = (nodes[0].program.clone(), nodes[0].logs.clone(), nodes[0].config.clone());
+            let apply = std::thread::spawn(move || {
+                let words = ["resync", "apply", "--json", "--config"].map(std::ffi::OsString::from);
+                program.run("apply", &logs, words.into_iter().chain([config.into()]).collect::<Vec<_>>())
+            });
+            nap_until(after);
+            if kills < wanted && !apply.is_finished() {
+                kills += 1;
+                nodes[0].kill9();
+                nodes[0].start();
+                let _ = apply.join().unwrap(); // Cut off, or through just before.
+                wait_until(LIMIT, "alpha to answer", || nodes[0].status().is_some());
+                continue;
+            }
+            let ended = apply.join().unwrap();
+            // One that was killed after its last step has nothing left to do.
+            let through = ended.status.code() == Some(REFUSED) && ended.stderr.contains("nothing to resync");
+            assert!(ended.status.success() || through, "{}", ended.stderr);
+            break;
+        }
+        world.in_sync();
+        let came_to = (files(&world.trees[1]), world.rescued(0), world.rescued(1));
+        assert_eq!((came_to.1.len(), came_to.0.len()), (40, 21 + 120 + 1), "{came_to:?}");
+        assert_eq!(*first.get_or_insert_with(|| came_to.clone()), came_to);
+    }
+    eprintln!("{kills} kills");
 }
 
 /// The whole story with Dovecot.
