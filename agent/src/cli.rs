@@ -71,6 +71,9 @@ pub enum Command {
     /// Give a mirror up: this primary becomes its standby
     #[command(after_long_help = help::demote())]
     Demote(SwitchArgs),
+    /// Hand a mirror over to its standby, in order: nothing is lost
+    #[command(after_long_help = help::switchover())]
+    Switchover(SwitchArgs),
     /// A node that was primary is back: merge what it has alone into the other one, and follow that
     #[command(after_long_help = help::resync())]
     Resync(ResyncArgs),
@@ -249,7 +252,7 @@ pub struct Run {
     pub adopt: Vec<MirrorName>,
 }
 
-/// `twinbox promote` and `twinbox demote`
+/// `twinbox promote`, `twinbox demote` and `twinbox switchover`
 #[derive(Debug, Args)]
 pub struct SwitchArgs {
     /// The configuration file.

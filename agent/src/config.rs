@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::glob::Glob;
+use crate::hooks::Hooks;
 use crate::layout::{Grouping, Layout, Selection};
 use crate::names::{MirrorName, NodeName};
 
@@ -58,6 +59,8 @@ pub struct Config {
     pub log: Log,
     /// A socket for fences alone, for others than the agent's own user.
     pub fence: Option<FenceSocket>,
+    /// Programs that are run when roles or protection change.
+    pub hooks: Hooks,
     /// The trees kept on this node; at least one, names unique.
     pub mirrors: Vec<Mirror>,
     /// The nodes this one talks to, names unique.

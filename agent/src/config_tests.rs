@@ -37,6 +37,11 @@ fuzzy_after = "45s"
 socket = "/run/twinbox/fence.sock"
 group = "vmail"
 
+[hooks]
+post_promote = "/etc/twinbox/hooks/mail-server"
+pre_demote = "/etc/twinbox/hooks/mail-server"
+timeout = "2m"
+
 [[peer]] # the other one
 node = "mail2"   # in the cellar
 addresses = ["192.0.2.8:7440"] # rack 2

@@ -12,6 +12,7 @@ pub mod failure;
 pub mod fences;
 pub mod glob;
 pub mod heal;
+pub mod hooks;
 pub mod layout;
 pub mod link;
 pub mod local;

@@ -3,6 +3,7 @@
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
+use twinbox::admin::Request;
 use twinbox::cli::{Cli, Command};
 use twinbox::cmd;
 use twinbox::exit::ExitCode;
@@ -45,9 +46,10 @@ async fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Pair(args) => cmd::pair::run(&args).await,
         Command::Heal(args) => cmd::heal::run(&args, quiet).await,
         Command::Run(args) => cmd::run::run(&args).await,
-        Command::Promote(args) => cmd::switch::run(&args, true, quiet).await,
+        Command::Promote(args) => cmd::switch::run(&args, Request::Promote, quiet).await,
+        Command::Switchover(args) => cmd::switch::run(&args, Request::Switchover, quiet).await,
         Command::Resync(args) => cmd::resync::run(&args, quiet).await,
-        Command::Demote(args) => cmd::switch::run(&args, false, quiet).await,
+        Command::Demote(args) => cmd::switch::run(&args, Request::Demote, quiet).await,
         Command::Reload(args) => cmd::status::reload(&args, quiet).await,
         Command::Status(args) => cmd::status::run(&args).await,
         Command::Fence(args) => cmd::fence::run(&args, quiet).await,

@@ -23,7 +23,7 @@ use crate::config;
 use crate::layout::{Grouping, Selection};
 use crate::link::paths::Paths;
 use crate::link::primary::{self, PeerLink};
-use crate::link::standby::{Served, Server};
+use crate::link::standby::{Served, Server, Word};
 use crate::net::{Endpoint, Fingerprint};
 use crate::resync::serve::Lent;
 use crate::standby::{Standby, StandbyConfig, StandbyError, StandbyHandle};
@@ -223,7 +223,7 @@ pub struct Roles {
     order: Vec<String>,
     state_dir: PathBuf,
     returning: Vec<Returning>,
-    superseded: Option<mpsc::Receiver<String>>,
+    words: Option<mpsc::Receiver<Word>>,
 }
 
 impl Roles {
@@ -242,7 +242,16 @@ impl Roles {
         let state = NodeState::open(state_dir)?;
         let incarnation = Incarnation(random()?);
         let order = mirrors.iter().map(|m| m.name.clone()).collect();
-        let mut roles = Roles { primaries: vec![], replicas: vec![], servers: vec![], server: None, order, state_dir: state_dir.into(), returning: vec![], superseded: None };
+        let mut roles = Roles {
+            primaries: vec![],
+            replicas: vec![],
+            servers: vec![],
+            server: None,
+            order,
+            state_dir: state_dir.into(),
+            returning: vec![],
+            words: None,
+        };
         for spec in mirrors {
             let mirror_dir = mirror_dir(state_dir, &spec.name);
             std::fs::create_dir_all(&mirror_dir).map_err(|source| RoleError::Dir { path: mirror_dir.clone(), source })?;
@@ -364,9 +373,9 @@ impl Roles {
             selection: p.spec.selection.clone(),
         };
         let lent = self.primaries.iter().map(|p| (p.spec.name.clone(), lent(p))).collect();
-        let (superseded, told) = mpsc::channel(16);
-        self.superseded = Some(told);
-        let server = Arc::new(Server::new(node.into(), incarnation, state_dir.into(), mirrors, lent, superseded));
+        let (words, told) = mpsc::channel(16);
+        self.words = Some(told);
+        let server = Arc::new(Server::new(node.into(), incarnation, state_dir.into(), mirrors, lent, words));
         self.server = Some(server.clone());
         for endpoint in endpoints {
             let (endpoint, server) = (endpoint.clone(), server.clone());
@@ -378,14 +387,9 @@ impl Roles {
         }
     }
 
-    /// Mirrors whose other primary was promoted after this one, as they are heard of.
-    pub fn superseded(&mut self) -> Vec<String> {
-        let mut all = vec![];
-        while let Some(mirror) = self.superseded.as_mut().and_then(|told| told.try_recv().ok()) {
-            all.push(mirror);
-        }
-        all.dedup();
-        all
+    /// What other nodes have said about roles since this was asked last.
+    pub fn words(&mut self) -> Vec<Word> {
+        std::iter::from_fn(|| self.words.as_mut().and_then(|told| told.try_recv().ok())).collect()
     }
 
     /// The captures, by mirror.

@@ -116,18 +116,19 @@ pub fn promote(state_dir: &Path, mirror: &str) -> Result<Epoch, SwitchError> {
     Ok(known.epoch)
 }
 
-/// The primary of a mirror, which has nothing that the other node lacks, becomes a standby that waits for that one to be promoted.
+/// The primary of a mirror, which has nothing that the other node lacks, becomes a standby that waits for that one to be promoted. `changed`: although the store was changed after the last
+/// transaction; that is kept in `rescue` when the other node's state replaces it.
 ///
 /// # Errors
 /// [`SwitchError`]: nothing was changed.
-pub fn demote(state_dir: &Path, mirror: &str, root: &Path, selection: &Selection) -> Result<(), SwitchError> {
+pub fn demote(state_dir: &Path, mirror: &str, root: &Path, selection: &Selection, changed: bool) -> Result<(), SwitchError> {
     let io = |source| SwitchError::Io { mirror: mirror.into(), source };
     let node = NodeState::open(state_dir)?;
     let mut known = known(&node, mirror, Role::Standby)?;
     let dir = mirror_dir(state_dir, mirror);
     let manifest = Manifest::open(&dir.join("manifest.db"), true)?;
     let (count, first) = differences(&manifest, root, selection).map_err(io)?;
-    if let Some(first) = first {
+    if let Some(first) = first.filter(|_| !changed) {
         return Err(SwitchError::Changed { mirror: mirror.into(), count, first });
     }
     // Of an earlier time as standby.
@@ -195,7 +196,11 @@ pub(crate) const RETURNING: &str = "returning";
 pub fn is_returning(state_dir: &Path, mirror: &str) -> bool {
     let dir = mirror_dir(state_dir, mirror);
     // A mark of a step that was not finished counts for nothing: the role does.
-    let standby = || NodeState::open(state_dir).and_then(|node| node.mirror(mirror)).is_ok_and(|known| known.is_some_and(|known| known.role == Role::Standby));
+    let standby = || {
+        NodeState::open(state_dir)
+            .and_then(|node| node.mirror(mirror))
+            .is_ok_and(|known| known.is_some_and(|known| known.role == Role::Standby))
+    };
     dir.join(RETURNING).exists() && !dir.join(GAVE_UP).exists() && standby()
 }
 

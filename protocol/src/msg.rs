@@ -8,7 +8,7 @@ use serde_bytes::ByteBuf;
 
 use crate::digest::{Digest, DigestKey};
 use crate::entry::Entry;
-use crate::ids::{ChainHash, ContentHash, Epoch, Incarnation, Lsn, MirrorId};
+use crate::ids::{ChainHash, ContentHash, Epoch, Generation, Incarnation, Lsn, MirrorId};
 use crate::lineage::Lineage;
 use crate::path::RelPath;
 use crate::rejoin::{ASKS_MAX, Ask, Changes, Found, Merge, Merged};
@@ -192,6 +192,13 @@ pub enum ToStandby {
     },
     /// That was all of it.
     End,
+    /// Instead of `Hello`: this node was primary until now and has nothing that the other lacks; be primary. Answered by `Begun` or `Refuse`.
+    TakeOver {
+        /// Which mirror.
+        mirror: String,
+        /// The history both follow.
+        generation: Generation,
+    },
 }
 
 /// From the standby.

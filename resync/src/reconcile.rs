@@ -311,7 +311,8 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
                 while at < froms.len() {
                     let from = &froms[at];
                     let was = |to: &Seen<'_>| before(&self.moves, &to.name.folder).unwrap_or_else(|| to.name.folder.clone());
-                    let fits = |to: &Seen<'_>| (!same || was(to) == from.name.folder) && content(&to.change.ours) == content(&from.change.fork);
+                    let fits =
+                        |to: &Seen<'_>| (!same || was(to) == from.name.folder) && content(&to.change.ours) == content(&from.change.fork);
                     match tos.iter().position(fits) {
                         Some(to) => pairs.push((froms.remove(at), tos.remove(to))),
                         None => at += 1,
@@ -368,7 +369,8 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
         let place = self.place(&to.name.folder);
         let there = Name::of(&theirs.path).map_or_else(|| from.name.folder.clone(), |name| name.folder);
         // Folders are moved first.
-        let there = self.moves.iter().filter(|(to, _)| self.merged.contains(**to)).find_map(|(to, from)| there.rebase(from, to)).unwrap_or(there);
+        let there =
+            self.moves.iter().filter(|(to, _)| self.merged.contains(**to)).find_map(|(to, from)| there.rebase(from, to)).unwrap_or(there);
         let merge = if stayed {
             (flags != theirs.flags).then(|| Merge::Flags { folder: place, unique: to.name.unique.clone(), flags })
         } else {
@@ -436,10 +438,13 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
                 }
                 continue;
             }
-            let from = before(&self.moves, path).filter(|was| self.tail.get(was).is_some_and(|then| content(&then.fork) == content(&change.ours)));
-            let moved_away = |path: &RelPath| self.moves.iter().any(|(to, from)| {
-                path.rebase(from, to).and_then(|to| self.tail.get(&to)).is_some_and(|now| content(&now.ours) == content(&change.fork))
-            });
+            let from =
+                before(&self.moves, path).filter(|was| self.tail.get(was).is_some_and(|then| content(&then.fork) == content(&change.ours)));
+            let moved_away = |path: &RelPath| {
+                self.moves.iter().any(|(to, from)| {
+                    path.rebase(from, to).and_then(|to| self.tail.get(&to)).is_some_and(|now| content(&now.ours) == content(&change.fork))
+                })
+            };
             match ours {
                 // Came along with its folder, which is on the other node under one name or the other.
                 Some(_) if from.is_some() => {

@@ -28,7 +28,9 @@ fn failed_back(name: &str, tail: impl FnOnce(&Path), after: impl FnOnce(&Path)) 
     after(&world.trees[1].join("anna/Maildir"));
     world.nodes[0].start();
     wait_until(LIMIT, "alpha to step down", || {
-        world.nodes[0].status().is_some_and(|s| (s.said.mirrors[0].role.as_str(), s.said.mirrors[0].state.as_str()) == ("standby", "diverged"))
+        world.nodes[0]
+            .status()
+            .is_some_and(|s| (s.said.mirrors[0].role.as_str(), s.said.mirrors[0].state.as_str()) == ("standby", "diverged"))
     });
     world
 }
@@ -214,7 +216,8 @@ fn with_dovecot(layout: Layout) {
     let outage = Duration::from_secs(if full() { 60 } else { 3 });
     let done = Site::new(layout).run(outage, |_| {}).unwrap();
     let counted = count(&done);
-    let counted: Vec<u64> = ["message", "flags", "deletion", "folder-move"].iter().map(|what| counted.get(*what).copied().unwrap_or(0)).collect();
+    let counted: Vec<u64> =
+        ["message", "flags", "deletion", "folder-move"].iter().map(|what| counted.get(*what).copied().unwrap_or(0)).collect();
     assert_eq!(counted, TAIL, "{done:#}");
     assert_eq!(done["items"].as_array().unwrap().len() as u64, TAIL.iter().sum::<u64>(), "{done:#}");
 }

@@ -80,7 +80,9 @@ fn comes_back(power_cut: bool) {
     }
     world.nodes[0].start();
     wait_until(LIMIT, "alpha to step down", || {
-        world.nodes[0].status().is_some_and(|s| (s.said.mirrors[0].role.as_str(), s.said.mirrors[0].state.as_str()) == ("standby", "diverged"))
+        world.nodes[0]
+            .status()
+            .is_some_and(|s| (s.said.mirrors[0].role.as_str(), s.said.mirrors[0].state.as_str()) == ("standby", "diverged"))
     });
     assert_eq!(world.holds(0, "new/after"), None);
     assert_eq!(world.holds(1, "new/tail"), None);
@@ -123,4 +125,93 @@ fn of_two_primaries_neither_touches_the_other() {
     world.in_sync();
     assert_eq!((world.holds(0, "new/on 1"), world.holds(1, "new/on 0")), (Some("alone".into()), None));
     assert_eq!(world.rescued(0), [("on 0".into(), "alone".into())]);
+}
+
+/// Has each hook of both nodes note that it was run; `refuses` is one that fails.
+fn hooked(world: &World, refuses: Option<(usize, &str)>) -> std::path::PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let log = world.boot.with_file_name("hooks.log");
+    for (n, node) in world.nodes.iter().enumerate() {
+        let dir = node.config.parent().unwrap();
+        let script = dir.join("hook");
+        let fails = refuses.filter(|(at, _)| *at == n).map_or(String::new(), |(_, hook)| format!("[ $TWINBOX_HOOK = {hook} ] && exit 3\n"));
+        fs::write(
+            &script,
+            format!("#!/bin/sh\necho $TWINBOX_NODE $TWINBOX_HOOK $TWINBOX_ROLE $TWINBOX_MIRROR >> {}\n{fails}exit 0\n", log.display()),
+        )
+        .unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let text = fs::read_to_string(&node.config).unwrap();
+        if !text.contains("\n[hooks]") {
+            let keys = ["pre_promote", "post_promote", "pre_demote", "post_demote", "on_unprotected", "on_protected", "on_diverged"];
+            let table: String = keys.iter().map(|key| format!("{key} = \"{}\"\n", script.display())).collect();
+            fs::write(&node.config, text.replacen("\n[[mirror]]", &format!("\n[hooks]\n{table}\n[[mirror]]"), 1)).unwrap();
+        }
+        world.ok(n, &["reload"]);
+    }
+    log
+}
+
+fn hooks_run(log: &std::path::Path) -> Vec<String> {
+    let lines = fs::read_to_string(log).unwrap_or_default();
+    lines.lines().filter(|line| !line.contains(" on_")).map(ToOwned::to_owned).collect()
+}
+
+#[test]
+fn a_switchover_is_one_command() {
+    let _turn = heavy();
+    let mut world = World::new("switchover");
+    let log = hooked(&world, None);
+    world.refused(1, &["switchover"], "is its standby already");
+    world.deliver(0, "new/last moment", "written just before");
+    world.ok(0, &["switchover"]);
+    assert_eq!((world.said(0).role.as_str(), world.said(1).role.as_str()), ("standby", "primary"));
+    assert_eq!(world.holds(1, "new/last moment").as_deref(), Some("written just before"));
+    wait_until(LIMIT, "the last hook", || hooks_run(&log).len() == 4);
+    let mut run = hooks_run(&log);
+    run[2..].sort(); // Both nodes do that at the same time.
+    assert_eq!(
+        run,
+        [
+            "alpha pre_demote primary mail",
+            "beta pre_promote standby mail",
+            "alpha post_demote standby mail",
+            "beta post_promote primary mail"
+        ]
+    );
+    world.deliver(1, "new/on beta", "written on beta");
+    world.in_sync();
+
+    // A node that cannot take over: everything is as it was, the mail server runs again.
+    let log = hooked(&world, Some((0, "pre_promote")));
+    fs::remove_file(&log).unwrap();
+    world.refused(1, &["switchover"], "this node is primary again");
+    assert_eq!((world.said(0).role.as_str(), world.said(1).role.as_str()), ("standby", "primary"));
+    let run = hooks_run(&log);
+    assert_eq!(
+        run,
+        [
+            "beta pre_demote primary mail",
+            "alpha pre_promote standby mail",
+            "beta pre_promote standby mail",
+            "beta post_promote primary mail"
+        ]
+    );
+    world.deliver(1, "new/still on beta", "written on beta");
+    world.in_sync();
+    // One that cannot be stopped.
+    hooked(&world, Some((1, "pre_demote")));
+    world.refused(1, &["switchover"], "nothing was changed");
+    world.refused(1, &["demote"], "nothing was changed");
+
+    hooked(&world, None);
+    world.nodes[0].kill9();
+    world.nodes[1].wait_state(LIMIT, "unprotected");
+    world.refused(1, &["switchover"], "no standby follows");
+    wait_until(LIMIT, "somebody to be told", || {
+        fs::read_to_string(&log).is_ok_and(|lines| lines.contains("beta on_unprotected primary mail"))
+    });
+    for node in 0..2 {
+        assert_eq!(world.rescued(node), [], "nobody lost anything");
+    }
 }

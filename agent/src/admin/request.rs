@@ -76,6 +76,8 @@ pub enum Request {
     Promote(Switch),
     /// Become standby of a mirror.
     Demote(Switch),
+    /// Hand a mirror over to its standby.
+    Switchover(Switch),
     /// What is on this node alone, which was primary: merge it, or keep it.
     Resync(Resync),
     /// Say when everything changed by now is durable on the standby.
@@ -98,7 +100,7 @@ pub enum Request {
     },
 }
 
-const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, RESYNC PLAN, RESYNC APPLY, FENCE, TXN BEGIN, TXN COMMIT";
+const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, SWITCHOVER, RESYNC PLAN, RESYNC APPLY, FENCE, TXN BEGIN, TXN COMMIT";
 
 impl Request {
     /// The request line, without newline.
@@ -124,8 +126,11 @@ impl Request {
         match self {
             Request::Promote(switch) => format!("PROMOTE{}", switch_words(switch)),
             Request::Demote(switch) => format!("DEMOTE{}", switch_words(switch)),
+            Request::Switchover(switch) => format!("SWITCHOVER{}", switch_words(switch)),
             Request::Resync(Resync { mirror, apply, winner, rescue }) => {
-                let word = |key: &str, value: &Option<String>| value.as_ref().map_or(String::new(), |value| format!(" {key}={}", encode(value.as_bytes())));
+                let word = |key: &str, value: &Option<String>| {
+                    value.as_ref().map_or(String::new(), |value| format!(" {key}={}", encode(value.as_bytes())))
+                };
                 let policy = if *rescue { " policy=rescue" } else { "" };
                 format!("RESYNC {}{}{}{policy}", if *apply { "APPLY" } else { "PLAN" }, word("mirror", mirror), word("winner", winner))
             }
@@ -163,6 +168,7 @@ impl Request {
             (b"STOP", _) => plain(Request::Stop),
             (b"PROMOTE", _) => Words::read("PROMOTE", &rest)?.switch().map(Request::Promote),
             (b"DEMOTE", _) => Words::read("DEMOTE", &rest)?.switch().map(Request::Demote),
+            (b"SWITCHOVER", _) => Words::read("SWITCHOVER", &rest)?.switch().map(Request::Switchover),
             (b"RESYNC", Some(what @ (b"PLAN" | b"APPLY"))) => {
                 let mut words = Words::read("RESYNC", &rest[1..])?;
                 let mut name = |key| Ok::<_, Response>(words.one(key)?.map(|name| name.to_string_lossy().into_owned()));
@@ -347,6 +353,7 @@ mod tests {
             Request::Stop,
             Request::Promote(Switch { mirror: None, force: false }),
             Request::Demote(Switch { mirror: Some("ma il".into()), force: true }),
+            Request::Switchover(Switch { mirror: Some("mail".into()), force: false }),
             Request::Resync(Resync { mirror: None, apply: false, winner: None, rescue: false }),
             Request::Resync(Resync { mirror: Some("mail".into()), apply: true, winner: Some("beta".into()), rescue: true }),
             Request::Fence(Fence::default()),

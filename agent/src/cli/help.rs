@@ -161,6 +161,20 @@ version of, is kept in rescue/ in the state directory.",
     )
 }
 
+pub(super) fn switchover() -> String {
+    sections(
+        "
+  mail1# twinbox switchover            mail1 is primary: mail2 takes over
+
+Runs the hook pre_demote here (which stops the mail server), waits until everything is on the other node,
+gives up the role, has the other node take it (its hooks start the mail server there), and ends when that
+is done. Refused, and the mail server is started again, when no standby follows or something still writes
+to the store: --force goes on all the same, and what was written after the last transaction is kept in
+rescue/ in the state directory.",
+        &[Exit::Ok, Exit::Failure, Exit::Usage, Exit::Config, Exit::NoAgent, Exit::Peer, Exit::Permission, Exit::Refused],
+    )
+}
+
 pub(super) fn resync() -> String {
     sections(
         "
@@ -174,7 +188,17 @@ The mail server on this node is stopped. Messages that only this node has are pu
 store, as if they had just come; flags and folders that only this node changed are changed there, too.
 Deletions are not repeated: mail comes back rather than vanishes. Whatever else this node has alone is
 kept in rescue/ in the state directory. A report says what became of each.",
-        &[Exit::Ok, Exit::Failure, Exit::Usage, Exit::Config, Exit::NoAgent, Exit::Peer, Exit::Permission, Exit::Refused, Exit::Interrupted],
+        &[
+            Exit::Ok,
+            Exit::Failure,
+            Exit::Usage,
+            Exit::Config,
+            Exit::NoAgent,
+            Exit::Peer,
+            Exit::Permission,
+            Exit::Refused,
+            Exit::Interrupted,
+        ],
     )
 }
 

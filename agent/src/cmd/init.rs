@@ -37,6 +37,7 @@ pub fn run(args: &Init, quiet: bool) -> Result<ExitCode, Failure> {
         listen: vec![args.listen],
         limits: Limits::default(),
         fence: None,
+        hooks: crate::hooks::Hooks::default(),
         log: Log::default(),
         mirrors,
         peers: vec![],

@@ -2,6 +2,7 @@
 
 pub mod compare;
 pub mod demo;
+mod events;
 pub mod fence;
 pub mod heal;
 pub mod init;
@@ -12,3 +13,4 @@ mod returning;
 pub mod run;
 pub mod status;
 pub mod switch;
+mod switching;

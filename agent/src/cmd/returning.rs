@@ -7,8 +7,10 @@ use tokio::time::{Instant, timeout};
 use twinbox_resync::reconcile::Policy;
 
 use super::run::{Agent, HEAL_ENDS, outcome, standby_of};
-use crate::admin::{Resync, Response};
+use crate::admin::{Response, Resync};
 use crate::config::Role;
+use crate::hooks::Hook;
+use crate::link::standby::Word;
 use crate::resync::work::{Job, ResyncError};
 use crate::roles::{MirrorSpec, ReturnProgress};
 use crate::status::SyncProgress;
@@ -17,23 +19,53 @@ use crate::status::SyncProgress;
 const PEER_WITHIN: Duration = Duration::from_secs(30);
 
 impl Agent {
+    /// What the other node has said.
+    pub(super) async fn heed(&self, word: Word) {
+        match word {
+            Word::Superseded(mirror) => {
+                // It is said again as long as it is so.
+                if let Ok(_alone) = self.alone() {
+                    self.step_down(&mirror).await;
+                }
+            }
+            Word::TakeOver(mirror, reply) => {
+                let done = self.take_over(&mirror).await;
+                let taken = done.is_ok();
+                let _ = reply.send(done);
+                if taken {
+                    self.hook_after(Hook::PostPromote, &self.about(&mirror, Role::Primary, "the other node handed over")).await;
+                }
+            }
+        }
+    }
+
     /// Stops being primary of a mirror, at once: another node was promoted after this one.
-    pub(super) async fn step_down(&self, mirror: &str) {
+    async fn step_down(&self, mirror: &str) {
         if self.unhealed.names().iter().any(|unhealed| unhealed == mirror) && !self.unhealed.give_up(mirror, HEAL_ENDS).await {
             return; // It is asked again.
         }
-        let mut roles = self.roles.lock().await;
-        let (done, started) = self.restart(&mut roles, || crate::switch::step_down(&self.state, mirror));
-        self.unhealed.remove(mirror);
-        match done {
-            Ok(()) => tracing::error!(
-                mirror,
-                "another node was promoted after this one: it is primary no more, stop its mail server; `twinbox resync plan` shows what is here alone"
-            ),
-            Err(error) => tracing::error!(mirror, %error, "another node was promoted after this one, and this one cannot give way"),
+        let reason = "another node was promoted after this one";
+        {
+            let mut roles = self.roles.lock().await;
+            if roles.returning(mirror).is_some() {
+                return; // Told twice.
+            }
+            let (done, started) = self.restart(&mut roles, || crate::switch::step_down(&self.state, mirror));
+            self.unhealed.remove(mirror);
+            match done {
+                Ok(()) => tracing::error!(
+                    mirror,
+                    "{reason}: it is primary no more, its mail server must not run; `twinbox resync plan` shows what is here alone"
+                ),
+                Err(error) => return tracing::error!(mirror, %error, "{reason}, and this one cannot give way"),
+            }
+            if let Err(why) = started {
+                tracing::error!(mirror, why);
+            }
         }
-        if let Err(why) = started {
-            tracing::error!(mirror, why);
+        // The mail server is stopped when the role is gone: nothing it does counts any more.
+        for hook in [Hook::PreDemote, Hook::PostDemote] {
+            self.hook_after(hook, &self.about(mirror, Role::Standby, reason)).await;
         }
     }
 
@@ -67,20 +99,22 @@ impl Agent {
             (Some(Role::Primary), Some(_)) => {
                 self.step_down(&spec.name).await;
                 let progress = self.roles.lock().await.returning(&spec.name);
-                progress.map(|progress| (spec.clone(), progress)).ok_or_else(|| no("this node could not step down: see the log, and try again"))
+                progress
+                    .map(|progress| (spec.clone(), progress))
+                    .ok_or_else(|| no("this node could not step down: see the log, and try again"))
             }
-            (Some(Role::Primary), None) => {
-                Err(no("this node is its primary. If another one was promoted after it, that one says so as soon as it is reached; if both went on apart, name the one that stays with --winner"))
+            (Some(Role::Primary), None) => Err(no(
+                "this node is its primary. If another one was promoted after it, that one says so as soon as it is reached; if both went on apart, name the one that stays with --winner",
+            )),
+            (Some(Role::Standby), _) => {
+                Err(no("this node is its standby, and has nothing that the primary lacks: there is nothing to resync"))
             }
-            (Some(Role::Standby), _) => Err(no("this node is its standby, and has nothing that the primary lacks: there is nothing to resync")),
             (None, _) => Err(no("this node keeps no mirror of that name")),
         }
     }
 
     pub(super) async fn resync(&self, resync: &Resync) -> Result<Response, Response> {
-        let Ok(_alone) = self.resyncing.try_lock() else {
-            return Err(Response::error("refused", "a resync is under way: `twinbox status` says how far it is"));
-        };
+        let _alone = self.alone()?;
         let (spec, progress) = self.to_resync(resync).await?;
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(paths) = standby_of(&peers, &self.endpoints) else {

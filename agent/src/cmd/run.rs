@@ -12,7 +12,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::admin::{AdminServer, FenceServer, Request, Response, Switch};
+use super::events::Events;
+use crate::admin::{AdminServer, FenceServer, Request, Response};
 use crate::capture::Command;
 use crate::capture::pulse::Stage;
 use crate::cli::Run;
@@ -22,10 +23,11 @@ use crate::failure::Failure;
 use crate::fences::Fences;
 use crate::heal::waiting::{Unhealed, heal_all};
 use crate::heal::{self, Job};
+use crate::hooks::{About, Hook, Hooks};
 use crate::link::paths::Paths;
 use crate::net::{Endpoint, Fingerprint, NodeKey, PinnedPeers, Tuning};
 use crate::roles::{Bounds, MirrorSpec, PeerSpec, Roles};
-use crate::status::{MirrorStatus, SCHEMA, Status};
+use crate::status::{SCHEMA, Status};
 use crate::switch::SwitchError;
 
 /// How long giving a mirror up waits for a heal that is under way.
@@ -33,7 +35,7 @@ pub(super) const HEAL_ENDS: Duration = Duration::from_secs(30);
 /// How often it is looked whether another node was promoted after this one.
 const HEED: Duration = Duration::from_millis(200);
 /// How long a stop waits for what is under way.
-const DRAIN: Duration = Duration::from_secs(15);
+pub(super) const DRAIN: Duration = Duration::from_secs(15);
 
 pub(super) fn mirrors(config: &Config, adopt: &[String]) -> Vec<MirrorSpec> {
     let spec = |mirror: &crate::config::Mirror| MirrorSpec {
@@ -88,8 +90,9 @@ pub(super) struct Agent {
     started: Instant,
     fences: std::sync::RwLock<Arc<Fences>>,
     pub(super) unhealed: Unhealed,
-    /// Held by the one resync there may be.
-    pub(super) resyncing: Mutex<()>,
+    /// Held by the one change of roles, or resync, there may be.
+    pub(super) changing: Mutex<()>,
+    pub(super) hooks: std::sync::RwLock<Hooks>,
 }
 
 impl Agent {
@@ -107,6 +110,7 @@ impl Agent {
                 *known = new.clone();
             }
         }
+        *self.hooks.write().unwrap_or_else(PoisonError::into_inner) = config.hooks.clone();
         tracing::info!(peers = peers.len(), "configuration read again");
         *self.peers.write().unwrap_or_else(PoisonError::into_inner) = peers;
         Ok(())
@@ -136,104 +140,6 @@ impl Agent {
         })
     }
 
-    /// The mirror that is meant, which must not have that role.
-    fn to_switch(&self, roles: &Roles, switch: &Switch, not: Role) -> Result<MirrorStatus, Response> {
-        let mut all = roles.status();
-        all.extend(self.unhealed.status());
-        let named = match &switch.mirror {
-            Some(name) => all.into_iter().find(|mirror| mirror.name == *name),
-            None if all.len() > 1 => {
-                return Err(Response::error("bad-arguments", "there are several mirrors: say which, with --mirror"));
-            }
-            None => all.into_iter().next(),
-        };
-        match named {
-            // Given up before, and that did not get to its end: it can be done again.
-            Some(mirror)
-                if mirror.role == not && not == Role::Standby && switch.force && crate::switch::gave_up(&self.state, &mirror.name) =>
-            {
-                Ok(mirror)
-            }
-            // It has stepped down, and can give up what it has alone.
-            Some(mirror) if not == Role::Standby && roles.returning(&mirror.name).is_some() => Ok(mirror),
-            Some(mirror) if mirror.role == not => {
-                Err(Response::error("refused", format!("mirror `{}`: this node is its {not} already", mirror.name)))
-            }
-            Some(mirror) => Ok(mirror),
-            None => Err(Response::error("refused", "this node keeps no mirror of that name")),
-        }
-    }
-
-    async fn promote(&self, switch: &Switch) -> Result<Response, Response> {
-        let mut roles = self.roles.lock().await;
-        let mirror = self.to_switch(&roles, switch, Role::Primary)?;
-        let name = mirror.name.as_str();
-        let no = |why: String| Response::error("refused", format!("mirror `{name}`: {why}"));
-        if !switch.force && roles.returning(name).is_some() {
-            return Err(no(
-                "another node was promoted after this one, and this one has what may be nowhere else: `twinbox resync plan` shows it (--force: two primaries, and the other one steps down)".into(),
-            ));
-        }
-        let connected: Vec<&str> = mirror.peers.iter().filter(|peer| peer.connected).map(|peer| peer.node.as_str()).collect();
-        if !switch.force && !connected.is_empty() {
-            let node = connected.join(", ");
-            return Err(no(format!(
-                "its primary `{node}` is alive and connected, or has been gone for some seconds only: stop the mail server there and run `twinbox demote` there first, or try again (--force: two primaries, of which one will lose)"
-            )));
-        }
-        let complete = roles.standbys().iter().any(|(of, handle)| of == name && handle.status().complete);
-        if !switch.force && !complete {
-            return Err(no(
-                "its first sync is not complete: the replica is at no point in time and lacks mail (--force takes it as it is)".into(),
-            ));
-        }
-        let epoch = outcome(name, "promoted", "its primary", self.restart(&mut roles, || crate::switch::promote(&self.state, name)))?;
-        tracing::warn!(mirror = name, epoch = epoch.0, "promoted: this node is the primary from now on");
-        Ok(said(format!("Mirror `{name}`: this node is its primary now (epoch {}). Start the mail server.", epoch.0)))
-    }
-
-    async fn demote(&self, switch: &Switch) -> Result<Response, Response> {
-        let mut roles = self.roles.lock().await;
-        let mirror = self.to_switch(&roles, switch, Role::Standby)?;
-        let name = mirror.name.as_str();
-        let no = |why: &str| Response::error("refused", format!("mirror `{name}`: {why}"));
-        if switch.force {
-            if self.unhealed.names().iter().any(|unhealed| unhealed == name) && !self.unhealed.give_up(name, HEAL_ENDS).await {
-                return Err(no(
-                    "it is being healed after a power cut, with the standby's help: see `twinbox status`, and try again when that is over",
-                ));
-            }
-            let done = self.restart(&mut roles, || crate::switch::give_up(&self.state, name));
-            self.unhealed.remove(name);
-            outcome(name, "demoted", "a standby", done)?;
-            tracing::warn!(mirror = name, "given up: this node follows the other one; what that lacks will be in rescue");
-            return Ok(said(format!(
-                "Mirror `{name}`: this node is its standby now. It compares its files with the other node as soon as that is primary; what that one lacks will be in {}.",
-                crate::roles::mirror_dir(&self.state, name).join("rescue").display()
-            )));
-        }
-        if roles.returning(name).is_some() {
-            return Err(no(
-                "it is primary no more, another node was promoted after it: `twinbox resync plan` shows what is here alone (--force: all of that goes to rescue)",
-            ));
-        }
-        let capture = roles.captures().into_iter().find(|(of, _)| of == name).map(|(_, capture)| capture);
-        let Some(capture) = capture.filter(|capture| capture.status().protected) else {
-            return Err(no(
-                "no standby follows, so what is here may be nowhere else. If the other node was promoted meanwhile: --force follows it, and what it lacks is kept in rescue",
-            ));
-        };
-        if !matches!(timeout(DRAIN, capture.ask(Command::Sync)).await, Ok(Some(()))) {
-            return Err(no("the standby did not get everything in time: stop the mail server first, then try again"));
-        }
-        let spec = self.specs.read().unwrap_or_else(PoisonError::into_inner).iter().find(|spec| spec.name == name).cloned();
-        let spec = spec.ok_or_else(|| no("it is not configured any more"))?;
-        let done = self.restart(&mut roles, || crate::switch::demote(&self.state, name, &spec.root, &spec.selection));
-        outcome(name, "demoted", "a standby", done)?;
-        tracing::warn!(mirror = name, "demoted: this node is a standby from now on");
-        Ok(said(format!("Mirror `{name}`: this node is a standby now. Run `twinbox promote` on the other one, or here to take it back.")))
-    }
-
     async fn status(&self) -> Status {
         Status {
             schema: SCHEMA,
@@ -259,13 +165,18 @@ impl Agent {
 }
 
 /// What a change of role came to: refused, or made, and then the agent went on or could not.
-pub(super) fn outcome<T>(mirror: &str, code: &str, role: &str, (done, started): (Result<T, SwitchError>, Result<(), String>)) -> Result<T, Response> {
+pub(super) fn outcome<T>(
+    mirror: &str,
+    code: &str,
+    role: &str,
+    (done, started): (Result<T, SwitchError>, Result<(), String>),
+) -> Result<T, Response> {
     let done = done.map_err(|error| Response::error("refused", error.to_string()))?;
     started.map_err(|error| Response::error(code, format!("mirror `{mirror}`: this node is {role} now, but {error}")))?;
     Ok(done)
 }
 
-fn said(text: String) -> Response {
+pub(super) fn said(text: String) -> Response {
     Response::Ok(serde_json::json!({ "said": text }))
 }
 
@@ -316,7 +227,8 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
         fatal,
         fences,
         unhealed,
-        resyncing: Mutex::default(),
+        changing: Mutex::default(),
+        hooks: std::sync::RwLock::new(config.hooks.clone()),
         path: args.file.config.clone(),
         pins,
         endpoints,
@@ -348,6 +260,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                         Response::done()
                     }
                     Request::Promote(switch) => agent.promote(&switch).await.unwrap_or_else(|refusal| refusal),
+                    Request::Switchover(switch) => agent.switchover(&switch).await.unwrap_or_else(|refusal| refusal),
                     Request::Resync(resync) => agent.resync(&resync).await.unwrap_or_else(|refusal| refusal),
                     Request::Demote(switch) => agent.demote(&switch).await.unwrap_or_else(|refusal| refusal),
                     Request::Fence(fence) => match agent.fences() {
@@ -383,6 +296,17 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     let mut heed = tokio::time::interval(HEED);
     let mut ended = None;
     let mut hanging: BTreeMap<String, Stage> = BTreeMap::new();
+    let mut events = Events::default();
+    // One after the other, so that "protected" does not overtake "unprotected".
+    let (tell, mut told) = mpsc::channel::<(Hook, About)>(64);
+    let teller = {
+        let agent = agent.clone();
+        tokio::spawn(async move {
+            while let Some((hook, about)) = told.recv().await {
+                agent.hook_after(hook, &about).await;
+            }
+        })
+    };
     loop {
         tokio::select! {
             _ = term.recv() => break,
@@ -402,17 +326,25 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                 break;
             }
             _ = heed.tick() => {
-                let superseded = agent.roles.lock().await.superseded();
-                for mirror in superseded {
-                    agent.step_down(&mirror).await;
+                let words = agent.roles.lock().await.words();
+                for word in words {
+                    let agent = agent.clone();
+                    tokio::spawn(async move { agent.heed(word).await });
                 }
             }
             _ = check.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);
-                let (captures, stalls) = {
+                let (captures, stalls, mut status) = {
                     let roles = agent.roles.lock().await;
-                    (roles.captures(), roles.stalls())
+                    (roles.captures(), roles.stalls(), roles.status())
                 };
+                status.extend(agent.unhealed.status());
+                for (hook, mirror) in events.look(&status, Instant::now()) {
+                    let one = status.iter().find(|one| one.name == mirror);
+                    let reason = one.and_then(|one| one.last_error.as_ref()).map_or("", |error| error.message.as_str()).lines().next().unwrap_or_default();
+                    let about = agent.about(&mirror, one.map_or(Role::Primary, |one| one.role), reason);
+                    let _ = tell.try_send((hook, about)); // So many that none has ended: nobody is helped by more.
+                }
                 for (mirror, stage, lasts) in &stalls {
                     if hanging.insert(mirror.clone(), *stage) != Some(*stage) {
                         let for_s = lasts.as_secs();
@@ -434,6 +366,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
         }
     }
     healing.abort();
+    teller.abort();
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     tracing::info!("stopping: finishing what is under way");
     let captures = agent.roles.lock().await.captures();

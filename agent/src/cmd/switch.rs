@@ -1,4 +1,4 @@
-//! `twinbox promote` and `twinbox demote`: asks the running agent to change its role in a mirror.
+//! `twinbox promote`, `twinbox demote` and `twinbox switchover`: asks the running agent to change its role in a mirror.
 
 use std::time::Duration;
 
@@ -15,11 +15,10 @@ const TIMEOUT: Duration = Duration::from_secs(900);
 ///
 /// # Errors
 /// [`Failure`]: the role is as it was.
-pub async fn run(args: &SwitchArgs, promote: bool, quiet: bool) -> Result<ExitCode, Failure> {
+pub async fn run(args: &SwitchArgs, ask: fn(Switch) -> Request, quiet: bool) -> Result<ExitCode, Failure> {
     let config = Config::load(&args.file.config)?;
     let switch = Switch { mirror: args.mirror.as_ref().map(|name| name.as_str().to_owned()), force: args.force };
-    let request = if promote { Request::Promote(switch) } else { Request::Demote(switch) };
-    match admin::request(&config.state, request, TIMEOUT).await {
+    match admin::request(&config.state, ask(switch), TIMEOUT).await {
         Ok(answer) => {
             if !quiet {
                 println!("{}", answer["said"].as_str().unwrap_or("Done."));
@@ -29,6 +28,7 @@ pub async fn run(args: &SwitchArgs, promote: bool, quiet: bool) -> Result<ExitCo
         Err(AdminError::Refused { code, message }) => {
             let exit = match code.as_str() {
                 "refused" => ExitCode::Refused,
+                "peer" => ExitCode::Peer,
                 "bad-arguments" => ExitCode::Usage,
                 _ => ExitCode::Failure,
             };

@@ -14,8 +14,9 @@ use super::{
 };
 use crate::duration::{duration_text, parse_duration};
 use crate::glob::Glob;
+use crate::hooks::{Hook, Hooks};
 
-const TOP_KEYS: [&str; 8] = ["node", "state", "listen", "limits", "log", "fence", "mirror", "peer"];
+const TOP_KEYS: [&str; 9] = ["node", "state", "listen", "limits", "log", "fence", "hooks", "mirror", "peer"];
 const FENCE_KEYS: [&str; 2] = ["socket", "group"];
 const MIRROR_KEYS: [&str; 8] = ["name", "root", "layout", "role", "groups", "exclude", "sweep_interval", "fuzzy_after"];
 const PEER_KEYS: [&str; 3] = ["node", "addresses", "fingerprint"];
@@ -86,6 +87,20 @@ fn top(document: &DeTable<'_>, text: &str, problems: &mut Vec<Located>) -> Optio
         fence = Some(FenceSocket { socket: section.parsed("socket", |path| absolute("socket", path))?, group });
     }
 
+    let mut hooks = Hooks::default();
+    if let Some((table, span)) = reader.table("hooks") {
+        let keys: Vec<&'static str> = Hook::ALL.iter().map(|hook| hook.as_str()).chain(["timeout"]).collect();
+        let mut section = Reader::open(table, "[hooks]", span, &keys, reader.problems());
+        for hook in Hook::ALL {
+            if section.value(hook.as_str()).is_some() {
+                hooks.programs.insert(hook, section.parsed(hook.as_str(), |path| absolute(hook.as_str(), path))?);
+            }
+        }
+        if section.value("timeout").is_some() {
+            hooks.timeout = section.parsed("timeout", |text| interval("timeout", text))?;
+        }
+    }
+
     let mut mirrors = Vec::new();
     let mut roots = Vec::new();
     let mut names = Names::new("mirror", text);
@@ -119,6 +134,7 @@ fn top(document: &DeTable<'_>, text: &str, problems: &mut Vec<Located>) -> Optio
         limits,
         log,
         fence,
+        hooks,
         mirrors: mirrors.into_iter().collect::<Option<_>>()?,
         peers: peers.into_iter().collect::<Option<_>>()?,
     };

@@ -14,6 +14,7 @@ use toml::de::{DeTable, DeValue};
 use super::{Config, ConfigError, LIMITS, Limits, Mirror, Peer};
 use crate::atomic;
 use crate::duration::duration_text;
+use crate::hooks::{Hook, Hooks};
 
 /// Mode of a new configuration file: it holds no secrets, but its paths are nobody else's business.
 const FILE_MODE: u32 = 0o640;
@@ -73,6 +74,20 @@ impl Config {
                     writeln!(out, "group = {}", quoted(group))?;
                 }
             }
+        }
+        writeln!(out, "\n# Programs run when roles or protection change: README, \"Hooks\"; examples/hooks has some to begin with.")?;
+        if self.hooks == Hooks::default() {
+            writeln!(out, "# [hooks]")?;
+            for hook in Hook::ALL {
+                writeln!(out, "# {} = \"/etc/twinbox/hooks/{}\"", hook.as_str(), hook.as_str().replace('_', "-"))?;
+            }
+            writeln!(out, "# timeout = {}", quoted(&duration_text(self.hooks.timeout)))?;
+        } else {
+            writeln!(out, "[hooks]")?;
+            for (hook, program) in &self.hooks.programs {
+                writeln!(out, "{} = {}", hook.as_str(), quoted(&program.to_string_lossy()))?;
+            }
+            writeln!(out, "timeout = {}", quoted(&duration_text(self.hooks.timeout)))?;
         }
         for mirror in &self.mirrors {
             write_mirror(out, mirror)?;

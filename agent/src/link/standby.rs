@@ -7,12 +7,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use twinbox_protocol::PROTOCOL_VERSION;
 use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::codec::{CONTROL_MAX, LOG_FRAME_MAX, decode};
-use twinbox_protocol::ids::Incarnation;
+use twinbox_protocol::ids::{Generation, Incarnation};
 use twinbox_protocol::lineage::{Meeting, Relation, Side, meet, relate};
 use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 use twinbox_resync::node::{MirrorState, NodeState, Role};
@@ -47,6 +47,15 @@ pub struct Seen {
     pub connected: bool,
 }
 
+/// What another node says about roles.
+#[derive(Debug)]
+pub enum Word {
+    /// It is primary of this mirror, too, and was promoted after this node.
+    Superseded(String),
+    /// It was primary of this mirror, has nothing that this node lacks, and asks it to take over.
+    TakeOver(String, oneshot::Sender<Result<(), String>>),
+}
+
 /// All mirrors served here.
 pub struct Server {
     /// This node's name.
@@ -59,8 +68,8 @@ pub struct Server {
     pub mirrors: HashMap<String, Arc<Served>>,
     /// What nodes that come back may be told, by mirror: those this node is primary of.
     lent: HashMap<String, Lent>,
-    /// Told of mirrors whose other primary was promoted after this one.
-    superseded: mpsc::Sender<String>,
+    /// To whoever changes roles.
+    words: mpsc::Sender<Word>,
     /// Connections that are served; `None`: no more.
     open: Mutex<Option<Vec<quinn::Connection>>>,
 }
@@ -98,9 +107,9 @@ impl Server {
         state_dir: std::path::PathBuf,
         mirrors: HashMap<String, Arc<Served>>,
         lent: HashMap<String, Lent>,
-        superseded: mpsc::Sender<String>,
+        words: mpsc::Sender<Word>,
     ) -> Self {
-        Server { node, incarnation, state_dir, mirrors, lent, superseded, open: Mutex::new(Some(vec![])) }
+        Server { node, incarnation, state_dir, mirrors, lent, words, open: Mutex::new(Some(vec![])) }
     }
 
     /// Ends every connection: who dials again finds the server that comes after this one, with other mirrors.
@@ -169,6 +178,7 @@ impl Server {
         let first = timeout(HEAD_WITHIN, control.next()).await.map_err(|_| ServeError::Protocol("no hello"))??;
         let hello = match first {
             Some(ToStandby::Hello(hello)) => hello,
+            Some(ToStandby::TakeOver { mirror, generation }) => return self.take_over(mirror, generation, &mut send).await,
             Some(ToStandby::Rejoin(hello)) => return self.rejoin(&hello, &mut send, &mut control).await,
             _ => return Err(ServeError::Protocol("no hello first")),
         };
@@ -178,11 +188,13 @@ impl Server {
             let (code, message) = match known.filter(|known| known.role == Role::Primary) {
                 Some(known) => {
                     if meeting(&hello, &known) == Meeting::Stand {
-                        let _ = self.superseded.try_send(hello.mirror.clone()); // It asks again.
+                        let _ = self.words.try_send(Word::Superseded(hello.mirror.clone())); // It asks again.
                     }
                     (RefuseCode::Diverged, two_primaries(&self.node, &hello, &known))
                 }
-                None if crate::switch::is_returning(&self.state_dir, &hello.mirror) => (RefuseCode::Diverged, returning(&self.node, &hello)),
+                None if crate::switch::is_returning(&self.state_dir, &hello.mirror) => {
+                    (RefuseCode::Diverged, returning(&self.node, &hello))
+                }
                 None => {
                     let why = "is not standby of a mirror named";
                     let message = format!("node `{}` {why} `{}`: check [[mirror]] in its configuration", self.node, hello.mirror);
@@ -320,12 +332,42 @@ impl Server {
         result
     }
 
+    /// The primary until now asks this standby to take over.
+    async fn take_over(&self, mirror: String, generation: Generation, send: &mut quinn::SendStream) -> Result<(), ServeError> {
+        let known = NodeState::open(&self.state_dir)?.mirror(&mirror)?;
+        let follows = known.as_ref().is_some_and(|known| known.role == Role::Standby && known.lineage.generation() == generation);
+        // Asked again, because the answer was lost when its connections were closed.
+        let has =
+            |known: &MirrorState| known.role == Role::Primary && known.lineage.terms().iter().any(|term| term.generation == generation);
+        let taken = if known.as_ref().is_some_and(has) {
+            Ok(())
+        } else if follows && self.mirrors.contains_key(&mirror) {
+            let (reply, answer) = oneshot::channel();
+            let asked = self.words.try_send(Word::TakeOver(mirror, reply));
+            match (asked, answer.await) {
+                (Ok(()), Ok(done)) => done,
+                _ => Err("its agent is busy or stopping".into()),
+            }
+        } else {
+            Err(format!("node `{}` is not a standby that follows the same history", self.node))
+        };
+        let word = match taken {
+            Ok(()) => ToPrimary::Begun,
+            Err(message) => ToPrimary::Refuse { code: RefuseCode::Failed, message },
+        };
+        write_frame(send, &word).await?;
+        let _ = send.finish();
+        Ok(())
+    }
+
     /// A node that was primary asks what is here now.
     async fn rejoin(&self, hello: &Hello, send: &mut quinn::SendStream, control: &mut FrameReader<ToStandby>) -> Result<(), ServeError> {
         let known = NodeState::open(&self.state_dir)?.mirror(&hello.mirror)?;
         let refusal = match (&known, self.lent.get(&hello.mirror)) {
             _ if hello.protocol != PROTOCOL_VERSION => Some("install the same version of twinbox on both nodes".to_owned()),
-            (Some(known), Some(_)) if relation(known, hello) == Relation::Unrelated => Some("their histories have nothing in common".to_owned()),
+            (Some(known), Some(_)) if relation(known, hello) == Relation::Unrelated => {
+                Some("their histories have nothing in common".to_owned())
+            }
             (Some(_), Some(lent)) => {
                 let us = crate::resync::serve::Us { node: &self.node, incarnation: self.incarnation, known: &known_or(known.as_ref())? };
                 let served = crate::resync::serve::serve(us, hello, lent.clone(), send, control).await;

@@ -101,7 +101,9 @@ fn add(root: &Root, folder: &RelPath, wanted: &[&String]) -> Result<Vec<Option<S
         let _ = rfs::fchown(&lock, Some(rfs::Uid::from_raw(owner.st_uid)), Some(rfs::Gid::from_raw(owner.st_gid))); // An ordinary user's own already.
         rfs::fchmod(&lock, Mode::from_raw_mode(mode))?;
         let mut file = File::from(lock);
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        file.write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         rfs::renameat(&dir, LOCK, &dir, FILE)?;
         rfs::fsync(root.dir_for_reading(folder)?.as_fd())?;
         Ok(names)

@@ -211,7 +211,14 @@ impl Store {
         Ok(Merged::Done)
     }
 
-    fn deliver(&mut self, folder: &RelPath, unique: &[u8], flags: &Flags, entry: &Entry, bytes: Option<&File>) -> Result<Merged, StoreError> {
+    fn deliver(
+        &mut self,
+        folder: &RelPath,
+        unique: &[u8],
+        flags: &Flags,
+        entry: &Entry,
+        bytes: Option<&File>,
+    ) -> Result<Merged, StoreError> {
         let disk = |source| StoreError::Disk { path: folder.clone(), source };
         let Some(bytes) = bytes.filter(|_| entry.hash().is_some()) else { return Ok(kept("its bytes did not arrive")) };
         if let Some(there) = self.message(folder, unique)? {
@@ -241,7 +248,10 @@ impl Store {
         } else {
             to
         };
-        if *at == to || (letters.is_empty() && Name::of(at).is_some_and(|name| name.letters.is_empty() && name.folder == *folder && name.unique == unique)) {
+        if *at == to
+            || (letters.is_empty()
+                && Name::of(at).is_some_and(|name| name.letters.is_empty() && name.folder == *folder && name.unique == unique))
+        {
             return Ok(Merged::Already);
         }
         match self.rename(at, &to)? {

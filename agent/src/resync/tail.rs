@@ -49,7 +49,9 @@ pub(super) fn look(root: &Root, path: &RelPath, row: Option<&Row>) -> Result<Opt
             FileType::RegularFile => {
                 let file = root.file(path)?;
                 let known = row.filter(|row| {
-                    row.local == Some(tree::local(&stat)) && row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(&stat)
+                    row.local == Some(tree::local(&stat))
+                        && row.entry.size() == stat.st_size as u64
+                        && row.entry.mtime == tree::mtime(&stat)
                 });
                 let xattrs = tree::xattrs(file.as_fd(), false)?;
                 let hash = match known.and_then(|row| row.entry.hash()) {
@@ -123,7 +125,9 @@ pub(super) fn differences(
             }
             let as_noted = |row: &Row| {
                 stat.is_some_and(|stat| {
-                    row.local == Some(tree::local(&stat)) && row.entry.mtime == tree::mtime(&stat) && row.entry.size() == size(&row.entry, &stat)
+                    row.local == Some(tree::local(&stat))
+                        && row.entry.mtime == tree::mtime(&stat)
+                        && row.entry.size() == size(&row.entry, &stat)
                 })
             };
             if !row.as_ref().is_some_and(as_noted) {
@@ -182,7 +186,8 @@ pub(super) fn tail(differences: &BTreeMap<RelPath, Differs>, root: &Root) -> Tai
     let mut flags = |path: &RelPath| {
         let Some(name) = Name::of(path) else { return Flags::new() };
         // Its names are where the folder is now.
-        let moved = std::iter::successors(Some(name.folder.clone()), RelPath::parent).find_map(|dir| name.folder.rebase(&dir, now.get(&dir)?));
+        let moved =
+            std::iter::successors(Some(name.folder.clone()), RelPath::parent).find_map(|dir| name.folder.rebase(&dir, now.get(&dir)?));
         let folder = moved.unwrap_or_else(|| name.folder.clone());
         let mut found = vec![];
         for letter in name.letters.iter().filter(|letter| letter.is_ascii_lowercase()) {

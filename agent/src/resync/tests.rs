@@ -173,7 +173,8 @@ impl Rig {
     }
 
     fn store(&self) -> Store {
-        let lent = Lent { root: self.theirs(), mirror_dir: self.dir.path().join("them"), selection: Selection::new(Layout::Maildir, vec![]) };
+        let lent =
+            Lent { root: self.theirs(), mirror_dir: self.dir.path().join("them"), selection: Selection::new(Layout::Maildir, vec![]) };
         Store::open(&lent).unwrap()
     }
 
@@ -214,7 +215,8 @@ impl Rig {
         let (all, _) = differences(&manifest, &root, &self.job.spec.selection, &mut |_| {}).unwrap();
         let (tail, mut store) = (tail(&all, &root), self.store());
         let asks = questions(&tail);
-        let theirs: std::collections::HashMap<_, _> = asks.into_iter().filter_map(|ask| Some((ask.clone(), store.find(&ask).unwrap()?))).collect();
+        let theirs: std::collections::HashMap<_, _> =
+            asks.into_iter().filter_map(|ask| Some((ask.clone(), store.find(&ask).unwrap()?))).collect();
         let plan = reconcile(&tail, true, Policy::Merge, &theirs);
         assert_eq!(plan, reconcile(&tail, true, Policy::Merge, &theirs), "the same again");
         plan

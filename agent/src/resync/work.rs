@@ -23,9 +23,9 @@ use twinbox_resync::reconcile::{Item, Outcome, Plan, Policy, What, questions, re
 use twinbox_resync::rows::{Row, RowError, Rows};
 use twinbox_resync::schema::StateError;
 
+use super::remote::Remote;
 pub use super::remote::RemoteError;
 use super::report;
-use super::remote::Remote;
 use super::tail::{Differs, TailError, differences, tail};
 use crate::capture::engine::wall_ns;
 use crate::roles::{MirrorSpec, mirror_dir};
@@ -215,16 +215,22 @@ impl Job {
         let us = Side { lineage: &known.lineage, epoch: known.epoch, position: ours };
         let them = Side { lineage: &lineage, epoch, position };
         if relate(us, them) == Relation::Unrelated {
-            return Err(self.refused(format!("node `{name}` has another store under this name: their histories have nothing in common, and nothing was changed")));
+            return Err(self.refused(format!(
+                "node `{name}` has another store under this name: their histories have nothing in common, and nothing was changed"
+            )));
         }
         match (&self.winner, meet(us, them)) {
             (Some(winner), _) if *winner == self.node => {
                 return Err(self.refused(format!("then node `{name}` is the one that comes back: run this command there")));
             }
-            (Some(winner), _) if *winner != name => return Err(self.refused(format!("no node `{winner}` answers; the other one is `{name}`"))),
+            (Some(winner), _) if *winner != name => {
+                return Err(self.refused(format!("no node `{winner}` answers; the other one is `{name}`")));
+            }
             (Some(_), _) | (None, Meeting::Yield) => {}
             (None, Meeting::Stand) => {
-                return Err(self.refused(format!("this node was promoted after `{name}`: run this command there (--winner {name} gives way all the same)")));
+                return Err(self.refused(format!(
+                    "this node was promoted after `{name}`: run this command there (--winner {name} gives way all the same)"
+                )));
             }
             (None, _) => {
                 return Err(self.refused(format!(
@@ -314,7 +320,18 @@ impl Job {
         let older = known.reserved < fork.lsn && other.since.is_none();
         let policy = if older { Policy::Rescue } else { self.policy };
         let plan = reconcile(&tail, self.spec.layout == "maildir", policy, &theirs);
-        Ok(Stored { other: other.name.clone(), lineage: other.lineage.clone(), epoch: other.epoch, fork, policy, plan, changes, merged: false, there: BTreeSet::new(), rescued: None })
+        Ok(Stored {
+            other: other.name.clone(),
+            lineage: other.lineage.clone(),
+            epoch: other.epoch,
+            fork,
+            policy,
+            plan,
+            changes,
+            merged: false,
+            there: BTreeSet::new(),
+            rescued: None,
+        })
     }
 
     fn stored(&self) -> Result<Option<Stored>, ResyncError> {
@@ -393,7 +410,8 @@ impl Job {
         let path = report::path(&self.dir());
         shown.report = Some(path.clone());
         shown.text += &format!("\nThis report: {}\n", path.display());
-        let wrote = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| crate::atomic::write(&path, shown.text.as_bytes(), 0o600));
+        let wrote =
+            path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| crate::atomic::write(&path, shown.text.as_bytes(), 0o600));
         io("writing the report", wrote)?;
         Ok(shown)
     }
@@ -403,7 +421,8 @@ impl Job {
         let root = self.root()?;
         let total = stored.plan.items.len() as u64;
         // Folders have their new names before anything is put into them.
-        let (first, rest): (Vec<usize>, Vec<usize>) = (0..stored.plan.items.len()).partition(|n| stored.plan.items[*n].what == What::FolderMove);
+        let (first, rest): (Vec<usize>, Vec<usize>) =
+            (0..stored.plan.items.len()).partition(|n| stored.plan.items[*n].what == What::FolderMove);
         for (done, n) in first.iter().chain(&rest).enumerate() {
             progress("merging", done as u64, Some(total));
             if done == first.len() {
