@@ -77,6 +77,9 @@ pub enum Command {
     /// A node that was primary is back: merge what it has alone into the other one, and follow that
     #[command(after_long_help = help::resync())]
     Resync(ResyncArgs),
+    /// What gave way to another version, and is kept: list it, give it back
+    #[command(after_long_help = help::rescue())]
+    Rescue(RescueArgs),
     /// How well is the mail protected?
     #[command(after_long_help = help::status())]
     Status(StatusArgs),
@@ -312,6 +315,101 @@ pub enum ResyncPolicy {
     Merge,
     /// Everything is kept in rescue
     Rescue,
+}
+
+/// `twinbox rescue`
+#[derive(Debug, Args)]
+pub struct RescueArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: RescueCommand,
+}
+
+/// What can be done with what is kept.
+#[derive(Debug, Subcommand)]
+pub enum RescueCommand {
+    /// Print what is kept, oldest first
+    List(RescueWhich),
+    /// Print one file
+    Show(RescueShow),
+    /// Put files back where they were, if nothing is there; on whichever node is primary
+    Restore(RescueRestore),
+    /// Put messages back into their folders, as if they had just come; on whichever node is primary
+    Redeliver(RescueRedeliver),
+    /// Remove what has been kept for longer than a time, for good
+    Purge(RescuePurge),
+}
+
+/// `twinbox rescue list`
+#[derive(Debug, Args)]
+pub struct RescueWhich {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Only this mirror
+    #[arg(short, long, value_name = "MIRROR")]
+    pub mirror: Option<MirrorName>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `twinbox rescue show`
+#[derive(Debug, Args)]
+pub struct RescueShow {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Every byte as it is
+    #[arg(long)]
+    pub raw: bool,
+    /// Which, as `list` prints it
+    pub entry: String,
+}
+
+/// `twinbox rescue restore`
+#[derive(Debug, Args)]
+pub struct RescueRestore {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Copy to this file or directory of this machine instead of back into the store
+    #[arg(long, value_name = "PATH")]
+    pub to: Option<PathBuf>,
+    /// Which, as `list` prints them
+    #[arg(required = true)]
+    pub entries: Vec<String>,
+}
+
+/// `twinbox rescue redeliver`
+#[derive(Debug, Args)]
+pub struct RescueRedeliver {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Every message that is kept
+    #[arg(long, conflicts_with = "entries")]
+    pub all: bool,
+    /// With --all: only of this mirror
+    #[arg(short, long, value_name = "MIRROR", requires = "all")]
+    pub mirror: Option<MirrorName>,
+    /// Which, as `list` prints them
+    #[arg(required_unless_present = "all")]
+    pub entries: Vec<String>,
+}
+
+/// `twinbox rescue purge`
+#[derive(Debug, Args)]
+pub struct RescuePurge {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Only this mirror
+    #[arg(short, long, value_name = "MIRROR")]
+    pub mirror: Option<MirrorName>,
+    /// For how long it has been kept at least, as in 30d
+    #[arg(long, value_name = "TIME", value_parser = crate::duration::parse_duration)]
+    pub older_than: Duration,
 }
 
 /// `twinbox reload`

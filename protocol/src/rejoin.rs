@@ -119,6 +119,13 @@ pub enum Merge {
         #[serde(deserialize_with = "flags")]
         flags: Flags,
     },
+    /// Put a file where nothing is, with the directories above it. Its bytes follow.
+    File {
+        /// Where.
+        path: RelPath,
+        /// Size, hash, owner, mode, times.
+        entry: Entry,
+    },
     /// Give a directory another name.
     Rename {
         /// Where it is.

@@ -177,6 +177,9 @@ struct Seen<'a> {
     change: &'a Change,
 }
 
+/// Messages by their unique names.
+type ByName<'a> = BTreeMap<Vec<u8>, Vec<Seen<'a>>>;
+
 /// Decides. `mail`: the store is a Maildir; else nothing but files is known.
 #[must_use]
 pub fn reconcile<T: Theirs>(tail: &Tail, mail: bool, policy: Policy, theirs: &T) -> Plan {
@@ -291,7 +294,7 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
     }
 
     fn messages(&mut self) {
-        let (mut went, mut came): (BTreeMap<Vec<u8>, Vec<Seen<'a>>>, BTreeMap<Vec<u8>, Vec<Seen<'a>>>) = Default::default();
+        let (mut went, mut came): (ByName<'a>, ByName<'a>) = (BTreeMap::new(), BTreeMap::new());
         for (path, change) in self.tail {
             let Some(name) = Name::of(path) else { continue };
             let file = |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.hash().is_some());

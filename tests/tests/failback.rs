@@ -136,6 +136,32 @@ fn failback_merges_what_only_the_old_primary_has() {
     }
     world.refused(0, &["resync", "apply"], "nothing to resync");
 
+    // What was kept is given back to the one that is primary, and never over anything.
+    let listed = json(&world, &["rescue", "list", "--json"]);
+    let entry = |end: &str| {
+        let mut all = listed["kept"].as_array().unwrap().iter().map(|one| one["entry"].as_str().unwrap().to_owned());
+        all.find(|entry| entry.ends_with(end)).unwrap()
+    };
+    let (sieve, message) = (entry("/sieve"), entry("/new/1"));
+    assert_eq!(world.nodes[0].command(&["rescue", "show", &sieve]).ok("show").stdout, "keep;");
+    for said in ["given back", "is there already"] {
+        assert!(world.nodes[0].command(&["rescue", "restore", &sieve]).ok("restore").stdout.contains(said));
+    }
+    wait_until(LIMIT, "the file to be on both", || (0..2).all(|node| world.holds(node, "sieve").as_deref() == Some("keep;")));
+    world.refused(0, &["rescue", "redeliver", &message], "1 of 1 stay in rescue");
+    fs::remove_file(world.trees[1].join("anna/Maildir/new/1")).unwrap();
+    world.ok(0, &["rescue", "redeliver", "--all"]);
+    assert_eq!(world.holds(1, "new/1").as_deref(), Some("changed on alpha"));
+    world.in_sync();
+    assert_eq!(world.rescued(0).len(), 3, "it stays there until it is purged");
+    world.ok(0, &["rescue", "purge", "--older-than", "1d"]);
+    assert_eq!(world.rescued(0).len(), 3);
+    world.ok(0, &["rescue", "purge", "--older-than", "0s"]);
+    assert_eq!(world.rescued(0), []);
+    for outside in ["mail/../../state.db", "other/1-drift/x", "mail/1-drift/../../../node.key", "mail//x"] {
+        assert_eq!(world.nodes[0].command(&["rescue", "show", outside]).status.code(), Some(2), "{outside}");
+    }
+
     // And back.
     world.ok(1, &["demote"]);
     world.ok(0, &["promote"]);

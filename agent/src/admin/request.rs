@@ -60,6 +60,15 @@ pub struct Resync {
     pub rescue: bool,
 }
 
+/// Something that is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rescued {
+    /// `MIRROR/OCCASION/PATH`.
+    pub entry: String,
+    /// As a message that has just come, not as the file it was.
+    pub redeliver: bool,
+}
+
 /// What can be asked of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -80,6 +89,8 @@ pub enum Request {
     Switchover(Switch),
     /// What is on this node alone, which was primary: merge it, or keep it.
     Resync(Resync),
+    /// Give something back that is kept in rescue.
+    Rescue(Rescued),
     /// Say when everything changed by now is durable on the standby.
     Fence(Fence),
     /// Do not cut the group of this path until its transaction is committed.
@@ -100,7 +111,7 @@ pub enum Request {
     },
 }
 
-const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, SWITCHOVER, RESYNC PLAN, RESYNC APPLY, FENCE, TXN BEGIN, TXN COMMIT";
+const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, SWITCHOVER, RESYNC PLAN, RESYNC APPLY, RESCUE RESTORE, RESCUE REDELIVER, FENCE, TXN BEGIN, TXN COMMIT";
 
 impl Request {
     /// The request line, without newline.
@@ -133,6 +144,9 @@ impl Request {
                 };
                 let policy = if *rescue { " policy=rescue" } else { "" };
                 format!("RESYNC {}{}{}{policy}", if *apply { "APPLY" } else { "PLAN" }, word("mirror", mirror), word("winner", winner))
+            }
+            Request::Rescue(Rescued { entry, redeliver }) => {
+                format!("RESCUE {} entry={}", if *redeliver { "REDELIVER" } else { "RESTORE" }, encode(entry.as_bytes()))
             }
             Request::Ping => "PING".into(),
             Request::Status => "STATUS".into(),
@@ -176,6 +190,13 @@ impl Request {
                 let rescue = words.choice("policy", &["merge", "rescue"])? == 1;
                 words.end().map(|()| Request::Resync(Resync { mirror, apply: what == b"APPLY", winner, rescue }))
             }
+            (b"RESCUE", Some(what @ (b"RESTORE" | b"REDELIVER"))) => {
+                let mut words = Words::read("RESCUE", &rest[1..])?;
+                let entry = words.one("entry")?.ok_or_else(|| words.bad("entry=ENTRY is missing"))?;
+                let entry = entry.to_string_lossy().into_owned();
+                words.end().map(|()| Request::Rescue(Rescued { entry, redeliver: what == b"REDELIVER" }))
+            }
+            (b"RESCUE", _) => Err(Response::error("bad-arguments", "RESCUE is followed by RESTORE or REDELIVER")),
             (b"RESYNC", _) => Err(Response::error("bad-arguments", "RESYNC is followed by PLAN or APPLY")),
             (b"FENCE", _) => {
                 let mut words = Words::read("FENCE", &rest)?;
@@ -354,6 +375,8 @@ mod tests {
             Request::Promote(Switch { mirror: None, force: false }),
             Request::Demote(Switch { mirror: Some("ma il".into()), force: true }),
             Request::Switchover(Switch { mirror: Some("mail".into()), force: false }),
+            Request::Rescue(Rescued { entry: "mail/1-drift/anna/a b".into(), redeliver: true }),
+            Request::Rescue(Rescued { entry: "mail/1-drift/anna/a%b".into(), redeliver: false }),
             Request::Resync(Resync { mirror: None, apply: false, winner: None, rescue: false }),
             Request::Resync(Resync { mirror: Some("mail".into()), apply: true, winner: Some("beta".into()), rescue: true }),
             Request::Fence(Fence::default()),

@@ -202,6 +202,23 @@ kept in rescue/ in the state directory. A report says what became of each.",
     )
 }
 
+pub(super) fn rescue() -> String {
+    sections(
+        "
+  twinbox rescue list
+  twinbox rescue show mail/1792310400-resync/anna/Maildir/new/1792310111.M5.mail1
+  twinbox rescue redeliver --all
+  twinbox rescue restore --to /root mail/1792310400-resync/anna/Maildir/sieve
+  twinbox rescue purge --older-than 90d
+
+Whatever gives way to another version, after a failback, a power cut or a change on a standby, is kept in
+the state directory of the node it was on. Nothing of it is removed but by purge. What is given back never
+replaces anything: a message that is in its folder already is left out, a place that is taken stays as it
+is. restore and redeliver leave the file in rescue.",
+        &[Exit::Ok, Exit::Failure, Exit::Usage, Exit::Config, Exit::NoAgent, Exit::Peer, Exit::Io, Exit::Permission, Exit::Refused],
+    )
+}
+
 pub(super) fn reload() -> String {
     sections(
         "

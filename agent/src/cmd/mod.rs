@@ -8,6 +8,7 @@ pub mod heal;
 pub mod init;
 pub mod mirror;
 pub mod pair;
+pub mod rescue;
 pub mod resync;
 mod returning;
 pub mod run;

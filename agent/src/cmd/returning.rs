@@ -4,13 +4,15 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
+use twinbox_protocol::rejoin::Merged;
 use twinbox_resync::reconcile::Policy;
 
 use super::run::{Agent, HEAL_ENDS, outcome, standby_of};
-use crate::admin::{Response, Resync};
+use crate::admin::{Rescued, Response, Resync};
 use crate::config::Role;
 use crate::hooks::Hook;
 use crate::link::standby::Word;
+use crate::resync::back::Back;
 use crate::resync::work::{Job, ResyncError};
 use crate::roles::{MirrorSpec, ReturnProgress};
 use crate::status::SyncProgress;
@@ -155,6 +157,41 @@ impl Agent {
             tracing::warn!(mirror = %spec.name, items = said.items.len(), rescued = said.rescued, "resynced: this node is a standby from now on");
         }
         Ok(Response::Ok(serde_json::to_value(said).unwrap_or_default()))
+    }
+
+    /// Gives something back that is kept here, on whichever node is primary.
+    pub(super) async fn rescue(&self, rescued: &Rescued) -> Result<Response, Response> {
+        let names: Vec<String> = self.specs.read().unwrap_or_else(PoisonError::into_inner).iter().map(|spec| spec.name.clone()).collect();
+        let found = super::rescue::file_of(&self.state, &names, &rescued.entry);
+        let (mirror, file, path) = found.map_err(|why| Response::error("refused", why))?;
+        let spec = self.spec(Some(&mirror))?;
+        let no = |why: &str| Response::error("refused", format!("mirror `{mirror}`: {why}"));
+        let role = self.roles.lock().await.status().into_iter().find(|one| one.name == mirror).map(|one| one.role);
+        let (state, redeliver, node) = (self.state.clone(), rescued.redeliver, self.node.clone());
+        let back = Back { node, spec, state_dir: state, file, path, redeliver };
+        let merged = match role {
+            Some(Role::Primary) => {
+                let done = tokio::task::spawn_blocking(move || back.here());
+                done.await.map_err(|_| no("cut short"))?
+            }
+            Some(Role::Standby) => {
+                let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner).clone();
+                let paths = standby_of(&peers, &self.endpoints).ok_or_else(|| no("no other node is known: run `twinbox pair`"))?;
+                let Ok(connection) = timeout(PEER_WITHIN, paths.connection()).await else {
+                    return Err(Response::error("peer", format!("node `{}`, which is primary, does not answer", paths.node())));
+                };
+                let runtime = tokio::runtime::Handle::current();
+                let done = tokio::task::spawn_blocking(move || runtime.block_on(back.there(&connection)));
+                done.await.map_err(|_| no("cut short"))?
+            }
+            None => return Err(no("it is being healed after a power cut: try again when that is over")),
+        };
+        let (outcome, said) = match merged.map_err(|error| refused(&error))? {
+            Merged::Done => ("done", "given back".to_owned()),
+            Merged::Already => ("already", "is there already".to_owned()),
+            Merged::Kept { why } => ("kept", format!("not given back: {why}")),
+        };
+        Ok(Response::Ok(serde_json::json!({ "outcome": outcome, "said": said })))
     }
 }
 

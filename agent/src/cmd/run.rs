@@ -260,6 +260,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                         Response::done()
                     }
                     Request::Promote(switch) => agent.promote(&switch).await.unwrap_or_else(|refusal| refusal),
+                    Request::Rescue(rescued) => agent.rescue(&rescued).await.unwrap_or_else(|refusal| refusal),
                     Request::Switchover(switch) => agent.switchover(&switch).await.unwrap_or_else(|refusal| refusal),
                     Request::Resync(resync) => agent.resync(&resync).await.unwrap_or_else(|refusal| refusal),
                     Request::Demote(switch) => agent.demote(&switch).await.unwrap_or_else(|refusal| refusal),

@@ -71,6 +71,12 @@ impl Keywords {
     }
 }
 
+/// Another process's lock file: there is nothing to wait on.
+#[allow(clippy::disallowed_methods)]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(20));
+}
+
 /// Adds names under Dovecot's lock.
 fn add(root: &Root, folder: &RelPath, wanted: &[&String]) -> Result<Vec<Option<String>>, Errno> {
     let dir = root.dir(folder.as_bytes())?;
@@ -78,7 +84,7 @@ fn add(root: &Root, folder: &RelPath, wanted: &[&String]) -> Result<Vec<Option<S
     let deadline = Instant::now() + LOCKED_FOR;
     let lock = loop {
         match rfs::openat(&dir, LOCK, flags, Mode::from_raw_mode(0o600)) {
-            Err(Errno::EXIST) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)), // Another process's lock: there is nothing to wait on.
+            Err(Errno::EXIST) if Instant::now() < deadline => pause(),
             other => break other?,
         }
     };

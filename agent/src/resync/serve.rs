@@ -113,10 +113,10 @@ pub(crate) async fn serve(
             }
             ToStandby::Merge(merge) => {
                 let bytes = match &*merge {
-                    Merge::Message { entry, .. } => Some(receive(entry, control).await?),
+                    Merge::Message { entry, .. } | Merge::File { entry, .. } => Some(receive(entry, control).await?),
                     _ => None,
                 };
-                if let Merge::Message { entry, .. } | Merge::Dir { entry, .. } = &*merge {
+                if let Merge::Message { entry, .. } | Merge::File { entry, .. } | Merge::Dir { entry, .. } = &*merge {
                     check_entry(entry).map_err(|_| ServeError::Protocol("an entry that cannot be"))?;
                 }
                 let merged;

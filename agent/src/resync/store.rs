@@ -188,6 +188,7 @@ impl Store {
                 let Some(at) = self.message(from, was)? else { return Ok(kept("it was deleted meanwhile")) };
                 self.rename_message(&at, was, folder, unique, flags)
             }
+            Merge::File { path, entry } => self.file(path, entry, bytes),
             Merge::Rename { from, to } => self.rename_folder(from, to),
         }
     }
@@ -235,6 +236,35 @@ impl Store {
         }
         self.synced(&path)?;
         self.folder(folder)?.insert(unique.to_vec(), path);
+        Ok(Merged::Done)
+    }
+
+    /// A file where nothing is; directories on the way are made like the one they are in.
+    fn file(&mut self, path: &RelPath, entry: &Entry, bytes: Option<&File>) -> Result<Merged, StoreError> {
+        let disk = |source| StoreError::Disk { path: path.clone(), source };
+        let Some(bytes) = bytes.filter(|_| entry.hash().is_some() && !path.is_root()) else { return Ok(kept("its bytes did not arrive")) };
+        if let Some(there) = self.entry(path)? {
+            return Ok(if there.hash() == entry.hash() { Merged::Already } else { kept("something else is there") });
+        }
+        let (mut missing, mut at) = (vec![], path.parent());
+        let above = loop {
+            let Some(dir) = at else { return Ok(kept("it has no place")) };
+            match self.entry(&dir)? {
+                Some(above) if above.is_dir() => break above,
+                Some(_) => return Ok(kept("something else is where its directory was")),
+                None => at = dir.parent(),
+            }
+            missing.push(dir);
+        };
+        for dir in missing.iter().rev() {
+            self.dir(dir, &above)?;
+        }
+        match self.replica.put(path, entry, &Bytes::File(bytes, entry.size())) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => return Ok(kept("something else is there")),
+            Err(source) => return Err(disk(source)),
+        }
+        self.synced(path)?;
         Ok(Merged::Done)
     }
 

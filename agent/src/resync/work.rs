@@ -161,7 +161,7 @@ struct Other {
     since: Option<Lsn>,
 }
 
-fn io<T>(what: impl Into<String>, done: std::io::Result<T>) -> Result<T, ResyncError> {
+pub(super) fn io<T>(what: impl Into<String>, done: std::io::Result<T>) -> Result<T, ResyncError> {
     done.map_err(|source| ResyncError::Io { what: what.into(), source })
 }
 
@@ -187,7 +187,8 @@ impl Job {
         io(format!("root {}", self.spec.root.display()), Root::open(&self.spec.root))
     }
 
-    async fn greet(&self, connection: &quinn::Connection) -> Result<Other, ResyncError> {
+    /// Says what this node is to the other one; gives what that one is.
+    pub(super) async fn say_hello(&self, connection: &quinn::Connection) -> Result<(Remote, Welcome), ResyncError> {
         let known = self.known()?;
         let manifest = self.manifest()?;
         let ours = manifest.position().map_err(|e| manifest.state_error(&e))?;
@@ -208,7 +209,16 @@ impl Job {
             wall_ns: wall_ns(),
         };
         drop(manifest);
-        let (remote, welcome) = Remote::greet(connection, hello).await?;
+        Ok(Remote::greet(connection, hello).await?)
+    }
+
+    async fn greet(&self, connection: &quinn::Connection) -> Result<Other, ResyncError> {
+        let (remote, welcome) = self.say_hello(connection).await?;
+        let known = self.known()?;
+        let ours = {
+            let manifest = self.manifest()?;
+            manifest.position().map_err(|e| manifest.state_error(&e))?
+        };
         let Welcome { node: name, replica: Holding::Holds { lineage, epoch, position, chain_at_yours, .. }, .. } = welcome else {
             return Err(RemoteError::OutOfTurn("nothing to compare with").into());
         };
@@ -296,7 +306,7 @@ impl Job {
             same.iter().try_for_each(|(path, local)| manifest.set_local(path, Some(*local)))?;
             manifest.commit(position)
         };
-        noted().map_err(|error| StateError::from(manifest.state_error(&error)))?;
+        noted().map_err(|error| manifest.state_error(&error))?;
         Ok(all)
     }
 
