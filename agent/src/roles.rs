@@ -257,7 +257,7 @@ impl Roles {
             std::fs::create_dir_all(&mirror_dir).map_err(|source| RoleError::Dir { path: mirror_dir.clone(), source })?;
             let known = state.mirror(&spec.name)?;
             bind_root(&state, &spec)?;
-            if let Some(history) = known.as_ref().filter(|_| crate::switch::is_returning(state_dir, &spec.name)) {
+            if let Some(history) = known.as_ref().filter(|known| crate::switch::is_returning(state_dir, &spec.name, known.role)) {
                 roles.returning.push(Returning { spec, history: history.clone(), progress: Arc::default() });
                 continue;
             }
@@ -301,6 +301,8 @@ impl Roles {
                     roles.primaries.push(Primary { spec, history, link, paths: vec![], task: None, rates: Mutex::default(), capture });
                 }
                 Role::Standby => {
+                    // Of a resync that is through.
+                    let _ = std::fs::remove_file(mirror_dir.join(crate::resync::work::PLAN));
                     let (state_dir, name) = (state_dir.to_path_buf(), spec.name.clone());
                     let config = StandbyConfig {
                         mirror: spec.name.clone(),
@@ -371,6 +373,7 @@ impl Roles {
             root: p.spec.root.clone(),
             mirror_dir: mirror_dir(state_dir, &p.spec.name),
             selection: p.spec.selection.clone(),
+            alone: Arc::default(),
         };
         let lent = self.primaries.iter().map(|p| (p.spec.name.clone(), lent(p))).collect();
         let (words, told) = mpsc::channel(16);

@@ -104,15 +104,13 @@ pub fn promote(state_dir: &Path, mirror: &str) -> Result<Epoch, SwitchError> {
         }
     }
     known.role = Role::Primary;
-    known.epoch = Epoch(known.epoch.0.max(known.lineage.last().epoch.0) + 1);
-    // No LSN is issued twice.
-    known.reserved = known.reserved.max(applied);
+    known.epoch = Epoch(known.epoch.0.max(known.lineage.last().epoch.0).max(heard(&dir).0) + 1);
+    // No LSN is issued twice. The next one is left to a node that comes back: it marks by it what it has that is not of this history.
+    known.reserved = known.reserved.max(applied).next();
     // The last checkpoint of the standby synced the replica: this disk has all that was ever numbered. Without this mark one of an earlier time as primary would call for a heal.
     node.set_local_mark(mirror, &LocalMark { boot: boot_id().map_err(io)?, lsn: known.reserved, clean: false })?;
     node.set_mirror(mirror, &known)?;
-    for mark in [ADOPTING, GAVE_UP, RETURNING] {
-        or_absent(fs::remove_file(dir.join(mark))).map_err(io)?;
-    }
+    unmark(&dir, &[ADOPTING, GAVE_UP, RETURNING]).map_err(io)?;
     Ok(known.epoch)
 }
 
@@ -137,6 +135,8 @@ pub fn demote(state_dir: &Path, mirror: &str, root: &Path, selection: &Selection
     }
     manifest.prune_gone(Lsn::MAX).map_err(|e| manifest.state_error(&e))?;
     drop(manifest);
+    // Of steps that were not finished.
+    unmark(&dir, &[ADOPTING, GAVE_UP, RETURNING]).map_err(io)?;
     known.role = Role::Standby;
     Ok(node.set_mirror(mirror, &known)?)
 }
@@ -151,34 +151,47 @@ pub fn give_up(state_dir: &Path, mirror: &str) -> Result<(), SwitchError> {
     let dir = mirror_dir(state_dir, mirror);
     let mut known = match node.mirror(mirror)? {
         // Given up before, and that did not get to its end.
-        Some(known) if gave_up(state_dir, mirror) || is_returning(state_dir, mirror) => known,
+        Some(known) if gave_up(state_dir, mirror) || is_returning(state_dir, mirror, known.role) => known,
         _ => known(&node, mirror, Role::Standby)?,
     };
     or_absent(fs::remove_file(dir.join(ADOPTING))).map_err(io)?;
-    set_mark(&dir, GAVE_UP).map_err(io)?;
+    set_mark(&dir, GAVE_UP, "").map_err(io)?;
+    unmark(&dir, &[RETURNING]).map_err(io)?;
     known.role = Role::Standby;
     known.complete = false;
     // The standby that starts finds the mark, sets the manifest aside and takes all files over.
-    node.set_mirror(mirror, &known)?;
-    or_absent(fs::remove_file(dir.join(RETURNING))).map_err(io)
+    Ok(node.set_mirror(mirror, &known)?)
 }
 
-/// The primary of a mirror stops being that, because another node was promoted after it. Nothing of the mirror runs then until `resync` has been through, or it is given up or promoted.
+/// The primary of a mirror stops being that, because another node was promoted after it, for the `heard`th time. Nothing of the mirror runs then until `resync` has been through, or it is given up or promoted.
 ///
 /// # Errors
 /// [`SwitchError`]: nothing was changed.
-pub fn step_down(state_dir: &Path, mirror: &str) -> Result<(), SwitchError> {
+pub fn step_down(state_dir: &Path, mirror: &str, heard: Epoch) -> Result<(), SwitchError> {
     let io = |source| SwitchError::Io { mirror: mirror.into(), source };
     let node = NodeState::open(state_dir)?;
     let mut known = known(&node, mirror, Role::Standby)?;
-    set_mark(&mirror_dir(state_dir, mirror), RETURNING).map_err(io)?;
+    set_mark(&mirror_dir(state_dir, mirror), RETURNING, &heard.0.to_string()).map_err(io)?;
     known.role = Role::Standby;
     Ok(node.set_mirror(mirror, &known)?)
 }
 
+/// The promotion that a returning node has stepped down for: its own next one comes after that.
+fn heard(dir: &Path) -> Epoch {
+    Epoch(fs::read_to_string(dir.join(RETURNING)).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0))
+}
+
 /// Durable when it returns.
-fn set_mark(dir: &Path, mark: &str) -> std::io::Result<()> {
-    fs::write(dir.join(mark), "")?;
+pub(crate) fn unmark(dir: &Path, marks: &[&str]) -> std::io::Result<()> {
+    for mark in marks {
+        or_absent(fs::remove_file(dir.join(mark)))?;
+    }
+    fs::File::open(dir)?.sync_all()
+}
+
+/// Durable when it returns.
+fn set_mark(dir: &Path, mark: &str, text: &str) -> std::io::Result<()> {
+    fs::write(dir.join(mark), text)?;
     fs::File::open(dir.join(mark))?.sync_all()?;
     fs::File::open(dir)?.sync_all()
 }
@@ -191,17 +204,11 @@ pub(crate) const ADOPTING: &str = "adopting";
 /// Says that this node was primary, another one was promoted after it, and what it has alone has not been merged or kept yet.
 pub(crate) const RETURNING: &str = "returning";
 
-/// Whether this node has stopped being primary of a mirror and is not its standby yet.
+/// Whether this node has stopped being primary of a mirror and is not its standby yet. `role`: as `state.db` has it; the mark of a step that was not finished counts for nothing.
 #[must_use]
-pub fn is_returning(state_dir: &Path, mirror: &str) -> bool {
+pub fn is_returning(state_dir: &Path, mirror: &str, role: Role) -> bool {
     let dir = mirror_dir(state_dir, mirror);
-    // A mark of a step that was not finished counts for nothing: the role does.
-    let standby = || {
-        NodeState::open(state_dir)
-            .and_then(|node| node.mirror(mirror))
-            .is_ok_and(|known| known.is_some_and(|known| known.role == Role::Standby))
-    };
-    dir.join(RETURNING).exists() && !dir.join(GAVE_UP).exists() && standby()
+    role == Role::Standby && dir.join(RETURNING).exists() && !dir.join(GAVE_UP).exists()
 }
 
 /// Whether this node has given a mirror up and does not follow another primary yet.

@@ -106,6 +106,8 @@ pub fn compare(hello: &Hello, welcome: &Welcome) -> Verdict {
     if position.lsn == hello.position.lsn {
         return if position.chain != hello.position.chain {
             Verdict::Refuse { why: Refusal::ForkedAt { at: position.lsn } }
+        } else if *digest != hello.digest && position.lsn == Lsn::ZERO {
+            Verdict::PullAll { why: "the standby has rows and no position" }
         } else if *digest != hello.digest {
             // What came back after a failback is marked as later than the position; if that is not it, everything is pulled.
             Verdict::PullSince(position.lsn)
@@ -182,7 +184,7 @@ mod tests {
         assert_eq!(case(Replica::Empty), Verdict::FirstSync);
         assert!(matches!(case(Replica::Adopted { rows: 1 }), Verdict::PullAll { .. }));
         assert_eq!(case(holds(1, at(10, 1), 1, Some(1))), Verdict::Continue);
-        assert!(matches!(case(holds(1, at(10, 1), 2, Some(1))), Verdict::PullAll { .. }));
+        assert_eq!(case(holds(1, at(10, 1), 2, Some(1))), Verdict::PullSince(Lsn(10)));
         assert_eq!(case(holds(1, at(10, 2), 1, Some(2))), Verdict::Refuse { why: Refusal::ForkedAt { at: Lsn(10) } });
         assert_eq!(case(holds(1, at(12, 5), 1, Some(1))), Verdict::PullSince(Lsn(10)));
         assert_eq!(case(holds(1, at(12, 5), 1, Some(9))), Verdict::Refuse { why: Refusal::ForkedAt { at: Lsn(10) } });

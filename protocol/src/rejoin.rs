@@ -95,15 +95,18 @@ pub enum Merge {
         /// Size, hash, owner, mode, times.
         entry: Entry,
     },
-    /// Give a message these flags, and no others.
+    /// Set and clear flags of a message; the others stay as they are.
     Flags {
         /// Directory that has `cur` and `new`.
         folder: RelPath,
         /// Its name without flags.
         unique: Vec<u8>,
-        /// What they are to be.
+        /// To be set.
         #[serde(deserialize_with = "flags")]
-        flags: Flags,
+        set: Flags,
+        /// To be cleared.
+        #[serde(deserialize_with = "flags")]
+        clear: Flags,
     },
     /// Move a message to another folder, under another name.
     Move {
@@ -115,9 +118,12 @@ pub enum Merge {
         folder: RelPath,
         /// Its new name.
         unique: Vec<u8>,
-        /// Its flags.
+        /// Flags to be set.
         #[serde(deserialize_with = "flags")]
-        flags: Flags,
+        set: Flags,
+        /// Flags to be cleared.
+        #[serde(deserialize_with = "flags")]
+        clear: Flags,
     },
     /// Put a file where nothing is, with the directories above it. Its bytes follow.
     File {

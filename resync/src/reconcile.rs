@@ -22,8 +22,10 @@ pub struct Change {
     pub fork: Option<Entry>,
     /// What is there now.
     pub ours: Option<Entry>,
-    /// A new directory: the one of the fork that it was, by its inode.
+    /// A new directory: the one of the fork that it was, by an inode that is older than the fork.
     pub was: Option<RelPath>,
+    /// Whose store it is in: the topmost Maildir above it.
+    pub owner: RelPath,
     /// Flags of what is there now, of a message.
     pub flags: Flags,
     /// The same, of what both had.
@@ -130,14 +132,24 @@ impl Theirs for HashMap<Ask, Found> {
 /// Folders that were given another name: new name ▶ old one.
 fn folder_moves(tail: &Tail) -> BTreeMap<&RelPath, &RelPath> {
     let gone = |path: &RelPath| tail.get(path).is_some_and(|change| change.ours.is_none());
-    let moves: BTreeMap<&RelPath, &RelPath> =
-        tail.iter().filter_map(|(path, change)| Some((path, change.was.as_ref().filter(|was| gone(was))?))).collect();
+    // What a mail server renames before it removes it is not moved.
+    let trash = |path: &RelPath| path.as_bytes().split(|byte| *byte == b'/').any(is_trash);
+    let moves: BTreeMap<&RelPath, &RelPath> = tail
+        .iter()
+        .filter(|(path, _)| !trash(path))
+        .filter_map(|(path, change)| Some((path, change.was.as_ref().filter(|was| gone(was))?)))
+        .collect();
     // What lies in a directory that was moved has moved with it.
     let with_above = |to: &RelPath, from: &RelPath| {
         let above = std::iter::successors(to.parent(), RelPath::parent);
         above.into_iter().any(|dir| moves.get(&dir).is_some_and(|was| to.rebase(&dir, was).as_ref() == Some(from)))
     };
     moves.iter().filter(|(to, from)| !with_above(to, from)).map(|(to, from)| (*to, *from)).collect()
+}
+
+/// A directory that Dovecot is about to remove, with all that is in it (`..DOVECOT-TRASHED`, or without the dots in other layouts).
+fn is_trash(name: &[u8]) -> bool {
+    name.starts_with(b"..") || name == b"DOVECOT-TRASHED"
 }
 
 /// Where a path was before the folders were moved.
@@ -297,10 +309,11 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
         let (mut went, mut came): (ByName<'a>, ByName<'a>) = (BTreeMap::new(), BTreeMap::new());
         for (path, change) in self.tail {
             let Some(name) = Name::of(path) else { continue };
+            let trashed = path.as_bytes().split(|byte| *byte == b'/').any(is_trash);
             let file = |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.hash().is_some());
             let (list, key) = match (file(&change.fork), file(&change.ours)) {
                 (true, false) if change.ours.is_none() => (&mut went, name.unique.clone()),
-                (false, true) if change.fork.is_none() => (&mut came, name.unique.clone()),
+                (false, true) if change.fork.is_none() && !trashed => (&mut came, name.unique.clone()),
                 _ => continue, // Other bytes under one name: a file like others.
             };
             list.entry(key).or_default().push(Seen { path, name, change });
@@ -314,8 +327,10 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
                 while at < froms.len() {
                     let from = &froms[at];
                     let was = |to: &Seen<'_>| before(&self.moves, &to.name.folder).unwrap_or_else(|| to.name.folder.clone());
-                    let fits =
-                        |to: &Seen<'_>| (!same || was(to) == from.name.folder) && content(&to.change.ours) == content(&from.change.fork);
+                    let fits = |to: &Seen<'_>| {
+                        let place = if same { was(to) == from.name.folder } else { to.change.owner == from.change.owner };
+                        place && content(&to.change.ours) == content(&from.change.fork)
+                    };
                     match tos.iter().position(fits) {
                         Some(to) => pairs.push((froms.remove(at), tos.remove(to))),
                         None => at += 1,
@@ -324,15 +339,15 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
             }
         }
         // A mail server that moves a message gives it a new name; it is the same one by its content, in the same user's store.
-        let mut left: HashMap<(ContentHash, Vec<u8>), Vec<Seen<'a>>> = HashMap::new();
+        let mut left: HashMap<(ContentHash, &RelPath), Vec<Seen<'a>>> = HashMap::new();
         for from in went.into_values().flatten() {
             if let Some(hash) = content(&from.change.fork) {
-                left.entry((hash, user(from.path))).or_default().push(from);
+                left.entry((hash, &from.change.owner)).or_default().push(from);
             }
         }
         let mut fresh = vec![];
         for to in came.into_values().flatten() {
-            let key = content(&to.change.ours).map(|hash| (hash, user(to.path)));
+            let key = content(&to.change.ours).map(|hash| (hash, &to.change.owner));
             match key.and_then(|key| left.get_mut(&key)?.pop()) {
                 Some(from) => pairs.push((from, to)),
                 None => fresh.push(to),
@@ -368,24 +383,22 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
             let why = "the other node has deleted it".into();
             return self.item(what, to.path, Some(from.path), Outcome::Rescue { why }, None);
         };
-        let flags = merged_flags(fork, ours, &theirs.flags);
+        let (set, clear): (Flags, Flags) = (ours.difference(fork).cloned().collect(), fork.difference(ours).cloned().collect());
+        // There is only set and not set: whoever changed a flag that both had made it the same.
+        let so_already = set.is_subset(&theirs.flags) && clear.is_disjoint(&theirs.flags);
         let place = self.place(&to.name.folder);
         let there = Name::of(&theirs.path).map_or_else(|| from.name.folder.clone(), |name| name.folder);
         // Folders are moved first.
         let there =
             self.moves.iter().filter(|(to, _)| self.merged.contains(**to)).find_map(|(to, from)| there.rebase(from, to)).unwrap_or(there);
         let merge = if stayed {
-            (flags != theirs.flags).then(|| Merge::Flags { folder: place, unique: to.name.unique.clone(), flags })
+            (!so_already).then(|| Merge::Flags { folder: place, unique: to.name.unique.clone(), set, clear })
         } else {
             let (was, unique) = (from.name.unique.clone(), to.name.unique.clone());
             self.dirs(&place);
-            Some(Merge::Move { from: there, was, folder: place, unique, flags })
+            Some(Merge::Move { from: there, was, folder: place, unique, set, clear })
         };
-        let outcome = match (&merge, theirs.flags == *ours) {
-            (Some(_), _) => Outcome::Merge,
-            (None, true) => Outcome::Already,
-            (None, false) => stays("the other node has changed the same flags"),
-        };
+        let outcome = if merge.is_some() { Outcome::Merge } else { Outcome::Already };
         self.item(what, to.path, Some(from.path), outcome, merge);
     }
 
@@ -477,22 +490,6 @@ fn stays(why: &str) -> Outcome {
 
 fn content(entry: &Option<Entry>) -> Option<ContentHash> {
     entry.as_ref().and_then(Entry::hash)
-}
-
-/// Whose store a path is in.
-fn user(path: &RelPath) -> Vec<u8> {
-    path.as_bytes().split(|byte| *byte == b'/').next().unwrap_or_default().to_vec()
-}
-
-/// What both have made of the flags both had; where both changed the same one they agree, there being only set and not set.
-#[must_use]
-pub fn merged_flags(fork: &Flags, ours: &Flags, theirs: &Flags) -> Flags {
-    let all: BTreeSet<&String> = fork.iter().chain(ours).chain(theirs).collect();
-    let kept = |flag: &&&String| {
-        let (fork, ours, theirs) = (fork.contains(**flag), ours.contains(**flag), theirs.contains(**flag));
-        if ours == fork { theirs } else { ours }
-    };
-    all.iter().filter(kept).map(|flag| (*flag).clone()).collect()
 }
 
 #[cfg(test)]

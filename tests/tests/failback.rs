@@ -170,6 +170,43 @@ fn failback_merges_what_only_the_old_primary_has() {
     assert_eq!(world.holds(1, "new/last").as_deref(), Some("on alpha again"));
 }
 
+/// Both were promoted while they did not see each other, and both took mail.
+#[test]
+fn failback_of_two_that_were_promoted_apart_wants_a_winner() {
+    let _turn = heavy();
+    let mut world = World::new("split");
+    world.ok(0, &["demote"]);
+    for node in 0..2 {
+        world.nodes[1 - node].kill9();
+        if node == 1 {
+            world.nodes[1].start();
+        }
+        wait_until(LIMIT, "the agent to know that it is alone", || {
+            world.nodes[node].status().is_some_and(|s| s.said.mirrors[0].peers.iter().all(|peer| !peer.connected))
+        });
+        world.ok(node, &["promote"]);
+        world.deliver(node, &format!("new/on {node}"), "alone");
+        let generation = world.said(node).generation;
+        wait_until(LIMIT, "a history of its own", || world.said(node).epoch == 2 || world.said(node).generation != generation);
+    }
+    world.nodes[0].start();
+    world.nodes[0].wait_state(LIMIT, "diverged");
+    assert_eq!((world.said(0).role.as_str(), world.said(1).role.as_str()), ("primary", "primary"), "nobody can tell");
+    world.refused(0, &["resync", "plan"], "--winner");
+    world.refused(0, &["resync", "plan", "--winner", "alpha"], "run this command on the other one");
+    let misspelt = world.nodes[0].command(&["resync", "apply", "--winner", "gamma"]);
+    assert_eq!(misspelt.status.code(), Some(16), "{}", misspelt.stderr);
+    assert_eq!(world.said(0).role, "primary", "nothing was given up for a node that there is not");
+    let plan = json(&world, &["resync", "plan", "--winner", "beta", "--json"]);
+    assert_eq!(items(&plan), ["message: anna/Maildir/new/on 0: merge"]);
+    world.ok(0, &["resync", "apply", "--winner", "beta"]);
+    world.in_sync();
+    for node in 0..2 {
+        assert_eq!((world.holds(node, "new/on 0").as_deref(), world.holds(node, "new/on 1").as_deref()), (Some("alone"), Some("alone")));
+        assert_eq!(world.rescued(node), []);
+    }
+}
+
 /// Files of a store, by path; the mail server's none here.
 fn files(root: &Path) -> BTreeMap<PathBuf, String> {
     let (mut all, mut stack) = (BTreeMap::new(), vec![root.to_owned()]);

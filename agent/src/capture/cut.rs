@@ -517,6 +517,10 @@ impl Engine {
         let files = ops.iter().filter(|op| !matches!(op, Op::SetMeta { .. })).count();
         let weight: usize = ops.iter().map(Op::weight).sum();
         let changes = !ops.is_empty();
+        if self.comes_back.is_some_and(|round| self.sets.has_cut_all(round)) {
+            self.comes_back = None;
+        }
+        let flags = if self.comes_back.is_some() { flags | FLAG_INITIAL } else { flags };
         let Some((lsn, frames)) = self.outbox.seal(ops, flags, self.view.digest(), super::engine::wall_ns()) else { return };
         if changes {
             self.disk.issued(lsn); // A txn without ops has nothing that a disk could lose: no syncfs for it.

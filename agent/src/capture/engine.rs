@@ -232,6 +232,8 @@ pub(super) struct Engine {
     pub(super) proof: Option<Instant>,
     pub(super) summary: CaptureStatus,
     pub(super) pull: Option<super::session::Pull>,
+    /// The standby has come back with what it had alone, and is at no cut until everything that was dirty at this round is through.
+    pub(super) comes_back: Option<u64>,
     events: Vec<Event>,
     receiver: Receiver<Command>,
     wake: Arc<OwnedFd>,
@@ -351,6 +353,7 @@ impl Engine {
             proof: None,
             summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), warnings: proofs.warnings, ..CaptureStatus::default() },
             pull: None,
+            comes_back: None,
             events: vec![],
             receiver,
             wake,
@@ -928,7 +931,7 @@ pub(super) fn above<'a>(dirs: impl Iterator<Item = &'a RelPath>) -> BTreeSet<Rel
 }
 
 /// Seconds since 1970, for names of files set aside.
-pub(super) fn unix_seconds() -> u64 {
+pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 

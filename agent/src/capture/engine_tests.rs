@@ -746,7 +746,11 @@ fn a_pull_the_standby_never_heard_the_end_of_is_no_other_history() {
         (answer.try_recv().unwrap(), position)
     };
     let (step, stands) = ask(&mut rig, None);
-    assert!(matches!(step, Ok(Step::Pull(None))), "other digest: {step:?}");
+    assert!(matches!(step, Ok(Step::Pull(Some(_)))), "other digest: {step:?}");
+    let (reply, mut answer) = oneshot::channel();
+    rig.engine.command(Command::RowsEnd(stands, Digest::default(), reply)).unwrap();
+    let step = answer.try_recv().unwrap();
+    assert!(matches!(step, Ok(Step::Pull(None))), "and nothing that came later: {step:?}");
     let (reply, mut answer) = oneshot::channel();
     rig.engine.command(Command::RowsEnd(stands, Digest::default(), reply)).unwrap();
     let step = answer.try_recv().unwrap();

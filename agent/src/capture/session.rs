@@ -38,6 +38,8 @@ pub(super) struct Pull {
     mark: Lsn,
     paths: Vec<RelPath>,
     tried_all: bool,
+    /// The standby is at our position, with other rows: it comes back (ARCHITECTURE §5c).
+    comes_back: bool,
 }
 
 /// Where the log begins anew after both manifests were made equal.
@@ -267,7 +269,13 @@ impl Engine {
         self.outbox.handle_restart(hello.position);
         Ok(match compare(&hello, welcome) {
             Verdict::Continue => Ok(Step::Begin { from: hello.position, reset: false }),
-            Verdict::PullSince(lsn) => Ok(self.start_pull(Some(lsn))?),
+            Verdict::PullSince(lsn) => {
+                let step = self.start_pull(Some(lsn))?;
+                if let (Some(pull), Replica::Holds { position, .. }) = (&mut self.pull, &welcome.replica) {
+                    pull.comes_back = position.lsn == hello.position.lsn;
+                }
+                Ok(step)
+            }
             Verdict::PullAll { why } => {
                 tracing::warn!(mirror = %self.config.name, why, "pulling the whole manifest from the standby");
                 if let Replica::Adopted { .. } = welcome.replica {
@@ -311,7 +319,7 @@ impl Engine {
         });
         begun.map_err(|e| self.view.manifest().state_error(&e))?;
         let tried_all = since.is_none();
-        self.pull = Some(Pull { since, mark, paths: vec![], tried_all });
+        self.pull = Some(Pull { since, mark, paths: vec![], tried_all, comes_back: false });
         Ok(Step::Pull(since))
     }
 
@@ -390,6 +398,9 @@ impl Engine {
         }
         for path in pull.paths {
             self.mark(&path, true, true, false);
+        }
+        if pull.comes_back {
+            self.comes_back = Some(self.sets.round());
         }
         if reset {
             self.compare = true;

@@ -4,6 +4,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
+use twinbox_protocol::ids::Epoch;
 use twinbox_protocol::rejoin::Merged;
 use twinbox_resync::reconcile::Policy;
 
@@ -24,10 +25,10 @@ impl Agent {
     /// What the other node has said.
     pub(super) async fn heed(&self, word: Word) {
         match word {
-            Word::Superseded(mirror) => {
+            Word::Superseded(mirror, epoch) => {
                 // It is said again as long as it is so.
                 if let Ok(_alone) = self.alone() {
-                    self.step_down(&mirror).await;
+                    self.step_down(&mirror, epoch).await;
                 }
             }
             Word::TakeOver(mirror, reply) => {
@@ -42,7 +43,7 @@ impl Agent {
     }
 
     /// Stops being primary of a mirror, at once: another node was promoted after this one.
-    async fn step_down(&self, mirror: &str) {
+    async fn step_down(&self, mirror: &str, heard: Epoch) {
         if self.unhealed.names().iter().any(|unhealed| unhealed == mirror) && !self.unhealed.give_up(mirror, HEAL_ENDS).await {
             return; // It is asked again.
         }
@@ -52,7 +53,7 @@ impl Agent {
             if roles.returning(mirror).is_some() {
                 return; // Told twice.
             }
-            let (done, started) = self.restart(&mut roles, || crate::switch::step_down(&self.state, mirror));
+            let (done, started) = self.restart(&mut roles, || crate::switch::step_down(&self.state, mirror, heard));
             self.unhealed.remove(mirror);
             match done {
                 Ok(()) => tracing::error!(
@@ -82,42 +83,32 @@ impl Agent {
         }
     }
 
-    /// The mirror a resync is about, which this node must have stepped down from; it does so now when the operator has named another winner.
-    async fn to_resync(&self, resync: &Resync) -> Result<(MirrorSpec, ReturnProgress), Response> {
-        let spec = self.spec(resync.mirror.as_deref())?;
-        let no = |why: &str| Response::error("refused", format!("mirror `{}`: {why}", spec.name));
-        if let Some(progress) = self.roles.lock().await.returning(&spec.name) {
-            return Ok((spec, progress));
-        }
-        let role = {
-            let mut all = self.roles.lock().await.status();
-            all.extend(self.unhealed.status());
-            all.into_iter().find(|mirror| mirror.name == spec.name).map(|mirror| mirror.role)
+    /// Whether this node is still primary of the mirror, and the operator has named another node that is to stay.
+    async fn gives_way(&self, spec: &MirrorSpec, winner: Option<&str>) -> Result<bool, Response> {
+        let no = |why: &str| Err(Response::error("refused", format!("mirror `{}`: {why}", spec.name)));
+        let (mut all, returns) = {
+            let roles = self.roles.lock().await;
+            (roles.status(), roles.returning(&spec.name).is_some())
         };
-        match (role, &resync.winner) {
-            (Some(Role::Primary), Some(winner)) if *winner == self.node => {
-                Err(no("this node is the one that stays: run this command on the other one"))
+        all.extend(self.unhealed.status());
+        match (all.into_iter().find(|mirror| mirror.name == spec.name).map(|mirror| mirror.role), winner) {
+            _ if returns => Ok(false),
+            (Some(Role::Primary), Some(winner)) if *winner == *self.node => {
+                no("this node is the one that stays: run this command on the other one")
             }
-            (Some(Role::Primary), Some(_)) => {
-                self.step_down(&spec.name).await;
-                let progress = self.roles.lock().await.returning(&spec.name);
-                progress
-                    .map(|progress| (spec.clone(), progress))
-                    .ok_or_else(|| no("this node could not step down: see the log, and try again"))
-            }
-            (Some(Role::Primary), None) => Err(no(
+            (Some(Role::Primary), Some(_)) => Ok(true),
+            (Some(Role::Primary), None) => no(
                 "this node is its primary. If another one was promoted after it, that one says so as soon as it is reached; if both went on apart, name the one that stays with --winner",
-            )),
-            (Some(Role::Standby), _) => {
-                Err(no("this node is its standby, and has nothing that the primary lacks: there is nothing to resync"))
-            }
-            (None, _) => Err(no("this node keeps no mirror of that name")),
+            ),
+            (Some(Role::Standby), _) => no("this node is its standby, and has nothing that the primary lacks: there is nothing to resync"),
+            (None, _) => no("this node keeps no mirror of that name"),
         }
     }
 
     pub(super) async fn resync(&self, resync: &Resync) -> Result<Response, Response> {
         let _alone = self.alone()?;
-        let (spec, progress) = self.to_resync(resync).await?;
+        let spec = self.spec(resync.mirror.as_deref())?;
+        let gives_way = self.gives_way(&spec, resync.winner.as_deref()).await?;
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(paths) = standby_of(&peers, &self.endpoints) else {
             return Err(Response::error("refused", "no other node is known: run `twinbox pair`"));
@@ -134,6 +125,25 @@ impl Agent {
             policy: if resync.rescue { Policy::Rescue } else { Policy::Merge },
         };
         let (apply, runtime) = (resync.apply, tokio::runtime::Handle::current());
+        let job = if gives_way {
+            // Nothing is given up before the other node has said that it is primary.
+            let (asking, to) = (runtime.clone(), connection.clone());
+            let checked = tokio::task::spawn_blocking(move || {
+                let epoch = asking.block_on(job.check(&to));
+                (job, epoch)
+            });
+            let (job, epoch) = checked.await.map_err(|_| Response::error("failed", "cut short"))?;
+            self.step_down(&spec.name, epoch.map_err(|error| refused(&error))?).await;
+            job
+        } else {
+            job
+        };
+        let Some(progress) = self.roles.lock().await.returning(&spec.name) else {
+            return Err(Response::error(
+                "refused",
+                format!("mirror `{}`: this node could not step down: see the log, and try again", spec.name),
+            ));
+        };
         let said = tokio::task::spawn_blocking(move || {
             let show = {
                 let progress = progress.clone();

@@ -212,7 +212,7 @@ impl Agent {
             ));
         }
         let capture = roles.captures().into_iter().find(|(of, _)| of == name).map(|(_, capture)| capture);
-        capture.filter(|capture| capture.status().protected).ok_or_else(|| {
+        capture.filter(|capture| capture.status().protected && capture.stall().is_none()).ok_or_else(|| {
             no("no standby follows, so what is here may be nowhere else. If the other node was promoted meanwhile, this one steps down as soon as it hears of it")
         })
     }

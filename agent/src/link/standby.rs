@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use twinbox_protocol::PROTOCOL_VERSION;
 use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::codec::{CONTROL_MAX, LOG_FRAME_MAX, decode};
-use twinbox_protocol::ids::{Generation, Incarnation};
+use twinbox_protocol::ids::{Epoch, Generation, Incarnation};
 use twinbox_protocol::lineage::{Meeting, Relation, Side, meet, relate};
 use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 use twinbox_resync::node::{MirrorState, NodeState, Role};
@@ -51,7 +51,7 @@ pub struct Seen {
 #[derive(Debug)]
 pub enum Word {
     /// It is primary of this mirror, too, and was promoted after this node.
-    Superseded(String),
+    Superseded(String, Epoch),
     /// It was primary of this mirror, has nothing that this node lacks, and asks it to take over.
     TakeOver(String, oneshot::Sender<Result<(), String>>),
 }
@@ -185,15 +185,14 @@ impl Server {
         let refuse = |code, message: String| ToPrimary::Refuse { code, message };
         let Some(served) = self.mirrors.get(&hello.mirror) else {
             let known = NodeState::open(&self.state_dir)?.mirror(&hello.mirror)?;
+            let comes_back = known.as_ref().is_some_and(|known| crate::switch::is_returning(&self.state_dir, &hello.mirror, known.role));
             let (code, message) = match known.filter(|known| known.role == Role::Primary) {
+                None if comes_back => (RefuseCode::Diverged, returning(&self.node, &hello)),
                 Some(known) => {
                     if meeting(&hello, &known) == Meeting::Stand {
-                        let _ = self.words.try_send(Word::Superseded(hello.mirror.clone())); // It asks again.
+                        let _ = self.words.try_send(Word::Superseded(hello.mirror.clone(), hello.epoch)); // It asks again.
                     }
                     (RefuseCode::Diverged, two_primaries(&self.node, &hello, &known))
-                }
-                None if crate::switch::is_returning(&self.state_dir, &hello.mirror) => {
-                    (RefuseCode::Diverged, returning(&self.node, &hello))
                 }
                 None => {
                     let why = "is not standby of a mirror named";

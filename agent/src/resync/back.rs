@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::fs as rfs;
 use twinbox_protocol::entry::Entry;
@@ -75,6 +76,7 @@ impl Back {
             root: self.spec.root.clone(),
             mirror_dir: mirror_dir(&self.state_dir, &self.spec.name),
             selection: self.spec.selection.clone(),
+            alone: Arc::default(),
         };
         let done = Store::open(&lent).and_then(|mut store| store.merge(&merge, Some(&file)));
         done.map_err(|error| ResyncError::Io { what: "giving it back".into(), source: std::io::Error::other(error) })

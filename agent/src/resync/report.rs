@@ -98,6 +98,13 @@ pub(super) fn text(shown: &Shown, all: &[Item], changes: &Changes) -> String {
     if shown.own_files > 0 {
         let _ = writeln!(out, "\n  {} indexes and lists of the mail server differ: those of `{winner}` are used.", shown.own_files);
     }
+    if shown.unplanned > 0 {
+        let _ = writeln!(
+            out,
+            "\n  {} files were changed here while this ran: they are kept in rescue. Is the mail server stopped?",
+            shown.unplanned
+        );
+    }
     let persons = all.iter().filter(|item| matches!(item.outcome, Outcome::Rescue { .. })).count();
     let _ = match (persons, shown.done) {
         (0, _) => writeln!(out, "\nNothing needs a person."),

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -18,6 +19,8 @@ use super::store::{Store, StoreError};
 use crate::capture::engine::wall_ns;
 use crate::net::{FrameError, FrameReader, write_frame};
 
+/// No message is larger, and no file that somebody would give back over the network.
+const CONTENT_MAX: u64 = 16 << 30;
 /// The bytes of a message come one after the other.
 const PIECE_WITHIN: Duration = Duration::from_secs(60);
 
@@ -37,6 +40,9 @@ pub enum ServeError {
     /// The peer said something else than it may.
     #[error("the peer broke the protocol: {0}")]
     Protocol(&'static str),
+    /// Another stream of this mirror is open.
+    #[error("another resync of this mirror is under way: try again in a minute")]
+    Busy,
     /// A thread of ours ended.
     #[error("cut short")]
     Ended,
@@ -74,6 +80,9 @@ pub(crate) async fn serve(
     send: &mut quinn::SendStream,
     control: &mut FrameReader<ToStandby>,
 ) -> Result<(), ServeError> {
+    // A stream that broke may still be at its last step.
+    let _alone = timeout(PIECE_WITHIN, lent.alone.clone().lock_owned()).await.map_err(|_| ServeError::Busy)?;
+    let spool = lent.mirror_dir.clone();
     let opened = tokio::task::spawn_blocking(move || Store::open(&lent)).await.map_err(|_| ServeError::Ended)?;
     let theirs = hello.position.lsn;
     let (mut store, (position, digest, chain_at_yours)) = step(opened?, move |store| store.position(theirs)).await?;
@@ -112,13 +121,15 @@ pub(crate) async fn serve(
                 write_frame(send, &ToPrimary::Changed(Box::new(changes))).await?;
             }
             ToStandby::Merge(merge) => {
+                if let Merge::Message { entry, .. } | Merge::File { entry, .. } | Merge::Dir { entry, .. } = &*merge
+                    && (check_entry(entry).is_err() || entry.size() > CONTENT_MAX)
+                {
+                    return Err(ServeError::Protocol("an entry that cannot be"));
+                }
                 let bytes = match &*merge {
-                    Merge::Message { entry, .. } | Merge::File { entry, .. } => Some(receive(entry, control).await?),
+                    Merge::Message { entry, .. } | Merge::File { entry, .. } => Some(receive(entry, &spool, control).await?),
                     _ => None,
                 };
-                if let Merge::Message { entry, .. } | Merge::File { entry, .. } | Merge::Dir { entry, .. } = &*merge {
-                    check_entry(entry).map_err(|_| ServeError::Protocol("an entry that cannot be"))?;
-                }
                 let merged;
                 (store, merged) = step(store, move |store| store.merge(&merge, bytes.as_ref())).await?;
                 write_frame(send, &ToPrimary::Merged(merged)).await?;
@@ -131,8 +142,8 @@ pub(crate) async fn serve(
 }
 
 /// The bytes of a message, in an unnamed file: as many as the entry says, with the name it says.
-async fn receive(entry: &Entry, control: &mut FrameReader<ToStandby>) -> Result<File, ServeError> {
-    let (mut file, mut hasher, mut got) = (tempfile::tempfile()?, blake3::Hasher::new(), 0u64);
+async fn receive(entry: &Entry, spool: &Path, control: &mut FrameReader<ToStandby>) -> Result<File, ServeError> {
+    let (mut file, mut hasher, mut got) = (tempfile::tempfile_in(spool)?, blake3::Hasher::new(), 0u64);
     loop {
         let message = timeout(PIECE_WITHIN, control.next()).await.map_err(|_| ServeError::Protocol("a message was cut short"))??;
         match message {

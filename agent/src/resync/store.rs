@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::fs::{self as rfs, FileType, RenameFlags};
 use rustix::io::Errno;
@@ -22,7 +23,7 @@ use twinbox_resync::rows::Rows;
 use twinbox_resync::schema::StateError;
 
 use super::keywords::Keywords;
-use super::tail::{TailError, differences, look};
+use super::tail::{TailError, differences, look, unread};
 use crate::layout::Selection;
 use crate::standby::replica::{Bytes, Over, Replica};
 use crate::tree::{self, Root};
@@ -36,6 +37,8 @@ pub struct Lent {
     pub mirror_dir: PathBuf,
     /// What of it is mirrored.
     pub selection: Selection,
+    /// Held by the one node that may change it.
+    pub alone: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Why it could not be looked at or changed.
@@ -60,6 +63,9 @@ pub enum StoreError {
     #[error(transparent)]
     Tail(#[from] TailError),
 }
+
+/// Listings kept: a peer may ask about any number of folders.
+const FOLDERS_MAX: usize = 1000;
 
 /// Messages of a folder by their unique names: name ▶ path.
 type Folder = HashMap<Vec<u8>, RelPath>;
@@ -96,11 +102,18 @@ impl Store {
     fn entry(&self, path: &RelPath) -> Result<Option<Entry>, StoreError> {
         let row = self.manifest.row(path).map_err(TailError::from)?;
         let disk = |source| StoreError::Disk { path: path.clone(), source };
-        Ok(look(&self.replica.root, path, row.as_ref()).map_err(disk)?.map(|(entry, _)| entry))
+        match look(&self.replica.root, path, row.as_ref()) {
+            // The store is in use: it is there, and nobody can say with what in it.
+            Err(Errno::BUSY) => Ok(self.replica.root.stat(path).map_err(disk)?.as_ref().and_then(unread)),
+            other => Ok(other.map_err(disk)?.map(|(entry, _)| entry)),
+        }
     }
 
     /// Messages of a folder.
     fn folder(&mut self, folder: &RelPath) -> Result<&mut Folder, StoreError> {
+        if self.folders.len() >= FOLDERS_MAX {
+            self.folders.clear();
+        }
         if !self.folders.contains_key(folder) {
             let mut found = Folder::new();
             for place in [b"new", b"cur"] {
@@ -138,6 +151,12 @@ impl Store {
         name.flags(|letter| keywords.borrow_mut().name(root, &name.folder, letter))
     }
 
+    /// Its flags as they are now, with these changed.
+    fn changed_flags(&mut self, path: &RelPath, set: &Flags, clear: &Flags) -> Flags {
+        let now = self.flags(path);
+        now.union(set).filter(|flag| !clear.contains(*flag)).cloned().collect()
+    }
+
     /// Answers a question.
     pub(super) fn find(&mut self, ask: &Ask) -> Result<Option<Found>, StoreError> {
         let path = match ask {
@@ -152,7 +171,7 @@ impl Store {
     /// What has changed since the fork.
     pub(super) fn changes(&mut self) -> Result<Changes, StoreError> {
         let mut changes = Changes::default();
-        let (all, _) = differences(&self.manifest, &self.replica.root, &self.selection, &mut |_| {})?;
+        let (all, _) = differences(&self.manifest, &self.replica.root, &self.selection, true, &mut |_| {})?;
         for (path, it) in all {
             let dir = |entry: Option<&Entry>| entry.is_some_and(Entry::is_dir);
             let (fork, ours) = (it.fork.as_ref().map(|row| &row.entry), it.ours.as_ref().map(|(entry, _)| entry));
@@ -174,19 +193,32 @@ impl Store {
 
     /// Makes a change; `bytes` are a message's.
     pub(super) fn merge(&mut self, merge: &Merge, bytes: Option<&File>) -> Result<Merged, StoreError> {
+        let target = match merge {
+            Merge::Dir { path, .. } | Merge::File { path, .. } => Some((path, matches!(merge, Merge::Dir { .. }))),
+            Merge::Message { folder, .. } | Merge::Flags { folder, .. } | Merge::Move { folder, .. } => Some((folder, true)),
+            Merge::Rename { to, .. } => Some((to, true)),
+        };
+        if target.is_some_and(|(path, is_dir)| {
+            path.is_root() && !matches!(merge, Merge::Message { .. } | Merge::Flags { .. } | Merge::Move { .. })
+                || self.selection.excludes(path.as_bytes(), is_dir)
+        }) {
+            return Ok(kept("it is not mirrored on this node"));
+        }
         match merge {
             Merge::Dir { path, entry } => self.dir(path, entry),
             Merge::Message { folder, unique, flags, entry } => self.deliver(folder, unique, flags, entry, bytes),
-            Merge::Flags { folder, unique, flags } => {
+            Merge::Flags { folder, unique, set, clear } => {
                 let Some(from) = self.message(folder, unique)? else { return Ok(kept("it was deleted meanwhile")) };
-                self.rename_message(&from, unique, folder, unique, flags)
+                let flags = self.changed_flags(&from, set, clear);
+                self.rename_message(&from, unique, folder, unique, &flags)
             }
-            Merge::Move { from, was, folder, unique, flags } => {
+            Merge::Move { from, was, folder, unique, set, clear } => {
                 if self.message(folder, unique)?.is_some() {
                     return Ok(Merged::Already);
                 }
                 let Some(at) = self.message(from, was)? else { return Ok(kept("it was deleted meanwhile")) };
-                self.rename_message(&at, was, folder, unique, flags)
+                let flags = self.changed_flags(&at, set, clear);
+                self.rename_message(&at, was, folder, unique, &flags)
             }
             Merge::File { path, entry } => self.file(path, entry, bytes),
             Merge::Rename { from, to } => self.rename_folder(from, to),
@@ -204,6 +236,9 @@ impl Store {
 
     fn dir(&mut self, path: &RelPath, entry: &Entry) -> Result<Merged, StoreError> {
         let disk = |source| StoreError::Disk { path: path.clone(), source };
+        if !entry.is_dir() {
+            return Ok(kept("it is no directory"));
+        }
         if self.replica.root.stat(path).map_err(disk)?.is_some() {
             return Ok(Merged::Already);
         }
@@ -220,13 +255,12 @@ impl Store {
         entry: &Entry,
         bytes: Option<&File>,
     ) -> Result<Merged, StoreError> {
-        let disk = |source| StoreError::Disk { path: folder.clone(), source };
         let Some(bytes) = bytes.filter(|_| entry.hash().is_some()) else { return Ok(kept("its bytes did not arrive")) };
         if let Some(there) = self.message(folder, unique)? {
             let same = self.entry(&there)?.is_some_and(|there| there.hash() == entry.hash());
             return Ok(if same { Merged::Already } else { kept("another message of that name is there") });
         }
-        let letters = self.keywords.letters(&self.replica.root, folder, flags).map_err(disk)?;
+        let letters = self.keywords.letters(&self.replica.root, folder, flags);
         let Some(path) = mailname::path(folder, unique, &letters) else { return Ok(kept("its name is too long")) };
         match self.replica.put(&path, entry, &Bytes::File(bytes, entry.size())) {
             Ok(()) => {}
@@ -269,8 +303,7 @@ impl Store {
     }
 
     fn rename_message(&mut self, at: &RelPath, was: &[u8], folder: &RelPath, unique: &[u8], flags: &Flags) -> Result<Merged, StoreError> {
-        let disk = |source| StoreError::Disk { path: at.clone(), source };
-        let letters = self.keywords.letters(&self.replica.root, folder, flags).map_err(disk)?;
+        let letters = self.keywords.letters(&self.replica.root, folder, flags);
         let Some(to) = mailname::path(folder, unique, &letters) else { return Ok(kept("its name is too long")) };
         // A message that clients have seen stays where it is.
         let to = if letters.is_empty() && at.parent().is_some_and(|place| place.name() == b"cur") {

@@ -41,38 +41,50 @@ pub enum TailError {
     State(#[from] twinbox_resync::schema::StateError),
 }
 
-/// What is at `path`; bytes are read unless the row knows them.
+/// What is at `path`; bytes are read unless the row knows them. `BUSY`: somebody changes it all the time.
 pub(super) fn look(root: &Root, path: &RelPath, row: Option<&Row>) -> Result<Option<(Entry, Local)>, Errno> {
     for _ in 0..LOOKS {
-        let Some(stat) = root.stat(path)? else { return Ok(None) };
-        let entry = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => {
-                let file = root.file(path)?;
-                let known = row.filter(|row| {
-                    row.local == Some(tree::local(&stat))
-                        && row.entry.size() == stat.st_size as u64
-                        && row.entry.mtime == tree::mtime(&stat)
-                });
-                let xattrs = tree::xattrs(file.as_fd(), false)?;
-                let hash = match known.and_then(|row| row.entry.hash()) {
-                    Some(hash) => hash,
-                    None => copy::hash(&file.into()).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?,
-                };
-                tree::entry(&stat, xattrs, Some(hash), None)
-            }
-            FileType::Symlink => {
-                let link = root.handle(path)?;
-                let target = rfs::readlinkat(&link, "", Vec::with_capacity(256))?.into_bytes();
-                tree::entry(&stat, tree::xattrs(link.as_fd(), true)?, None, Some(target))
-            }
-            _ => tree::entry(&stat, tree::xattrs(root.handle(path)?.as_fd(), true)?, None, None),
-        };
-        match root.stat(path)? {
-            Some(after) if tree::same_stat(&stat, &after) => return Ok(entry.map(|entry| (entry, tree::local(&stat)))),
-            _ => {}
+        match look_once(root, path, row) {
+            Ok(Look::Still(found)) => return Ok(found),
+            // Changed, moved or replaced between two of our steps.
+            Ok(Look::Changed) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+            Err(error) => return Err(error),
         }
     }
     Err(Errno::BUSY)
+}
+
+enum Look {
+    Still(Option<(Entry, Local)>),
+    Changed,
+}
+
+fn look_once(root: &Root, path: &RelPath, row: Option<&Row>) -> Result<Look, Errno> {
+    let Some(stat) = root.stat(path)? else { return Ok(Look::Still(None)) };
+    let entry = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {
+            let file = root.file(path)?;
+            let known = row.filter(|row| {
+                row.local == Some(tree::local(&stat)) && row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(&stat)
+            });
+            let xattrs = tree::xattrs(file.as_fd(), false)?;
+            let hash = match known.and_then(|row| row.entry.hash()) {
+                Some(hash) => hash,
+                None => copy::hash(&file.into()).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?,
+            };
+            tree::entry(&stat, xattrs, Some(hash), None)
+        }
+        FileType::Symlink => {
+            let link = root.handle(path)?;
+            let target = rfs::readlinkat(&link, "", Vec::with_capacity(256))?.into_bytes();
+            tree::entry(&stat, tree::xattrs(link.as_fd(), true)?, None, Some(target))
+        }
+        _ => tree::entry(&stat, tree::xattrs(root.handle(path)?.as_fd(), true)?, None, None),
+    };
+    Ok(match root.stat(path)? {
+        Some(after) if tree::same_stat(&stat, &after) => Look::Still(entry.map(|entry| (entry, tree::local(&stat)))),
+        _ => Look::Changed,
+    })
 }
 
 /// A difference, with what only this machine knows of it.
@@ -84,11 +96,12 @@ pub(super) struct Differs {
 /// All of them; and of files that are as their rows say what this machine knows of them.
 type Differences = (BTreeMap<RelPath, Differs>, Vec<(RelPath, Local)>);
 
-/// Compares the whole store.
+/// Compares the whole store. `busy`: it is in use, and what is changed all the time only counts as changed.
 pub(super) fn differences(
     manifest: &Manifest,
     root: &Root,
     selection: &Selection,
+    busy: bool,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Differences, TailError> {
     let (mut all, mut same, mut looked_at) = (BTreeMap::new(), vec![], 0);
@@ -131,7 +144,10 @@ pub(super) fn differences(
                 })
             };
             if !row.as_ref().is_some_and(as_noted) {
-                let ours = look(root, &path, row.as_ref()).map_err(failed)?;
+                let ours = match look(root, &path, row.as_ref()) {
+                    Err(Errno::BUSY) if busy => stat.and_then(|stat| Some((unread(&stat)?, tree::local(&stat)))),
+                    other => other.map_err(failed)?,
+                };
                 match (row, ours) {
                     (Some(row), Some((entry, local))) if row.entry == entry => same.push((path.clone(), local)),
                     (None, None) => {}
@@ -160,6 +176,11 @@ pub(super) fn differences(
     Ok((all, same))
 }
 
+/// Of something that nobody can read at rest.
+pub(super) fn unread(stat: &rfs::Stat) -> Option<Entry> {
+    tree::entry(stat, vec![], None, None)
+}
+
 fn size(entry: &Entry, stat: &rfs::Stat) -> u64 {
     if matches!(entry.kind, Kind::File { .. }) { stat.st_size as u64 } else { 0 }
 }
@@ -170,18 +191,42 @@ fn below(manifest: &Manifest, dir: &RelPath, all: &mut BTreeMap<RelPath, Differs
     Ok(())
 }
 
+/// Whether a directory is older than what was noted of it under another name: its inode number alone may have been used again.
+fn is_older(root: &Root, path: &RelPath, noted: Local) -> bool {
+    let Ok(dir) = root.handle(path) else { return false };
+    let Ok(found) = rfs::statx(&dir, "", rfs::AtFlags::EMPTY_PATH, rfs::StatxFlags::BTIME | rfs::StatxFlags::INO) else { return false };
+    // A file system without times of birth: no folder is taken for moved, and its messages are told one by one.
+    let known = found.stx_mask & rfs::StatxFlags::BTIME.bits() != 0 && found.stx_ino == noted.ino;
+    known && (found.stx_btime.tv_sec, found.stx_btime.tv_nsec) <= (noted.ctime.secs, noted.ctime.nanos)
+}
+
 /// As the decisions want it: with flags, and with what directories were.
 pub(super) fn tail(differences: &BTreeMap<RelPath, Differs>, root: &Root) -> Tail {
-    let gone_dirs: HashMap<u64, &RelPath> = differences
+    let gone_dirs: HashMap<u64, (&RelPath, Local)> = differences
         .iter()
         .filter(|(_, it)| it.ours.is_none())
-        .filter_map(|(path, it)| Some((it.fork.as_ref().filter(|row| row.entry.is_dir())?.local?.ino, path)))
+        .filter_map(|(path, it)| {
+            let local = it.fork.as_ref().filter(|row| row.entry.is_dir())?.local?;
+            Some((local.ino, (path, local)))
+        })
         .collect();
-    let was = |it: &Differs| {
+    let was = |path: &RelPath, it: &Differs| {
         let (entry, local) = it.ours.as_ref().filter(|_| it.fork.is_none())?;
-        gone_dirs.get(&local.ino).filter(|_| entry.is_dir()).map(|path| (*path).clone())
+        let (was, noted) = gone_dirs.get(&local.ino).filter(|_| entry.is_dir())?;
+        is_older(root, path, *noted).then(|| (*was).clone())
     };
-    let now: HashMap<RelPath, RelPath> = differences.iter().filter_map(|(path, it)| Some((was(it)?, path.clone()))).collect();
+    let was: HashMap<&RelPath, RelPath> = differences.iter().filter_map(|(path, it)| Some((path, was(path, it)?))).collect();
+    let now: HashMap<RelPath, RelPath> = was.iter().map(|(path, was)| (was.clone(), (*path).clone())).collect();
+    let mut maildirs: HashMap<RelPath, bool> = HashMap::new();
+    let mut owner = |path: &RelPath| {
+        let mut above: Vec<RelPath> = std::iter::successors(path.parent(), RelPath::parent).collect();
+        above.reverse();
+        let is_dir = |dir: &RelPath| {
+            let there = dir.join(b"cur").and_then(|cur| root.stat(&cur).ok().flatten());
+            there.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
+        };
+        above.into_iter().find(|dir| *maildirs.entry(dir.clone()).or_insert_with(|| is_dir(dir))).unwrap_or_default()
+    };
     let mut keywords = Keywords::default();
     let mut flags = |path: &RelPath| {
         let Some(name) = Name::of(path) else { return Flags::new() };
@@ -202,7 +247,7 @@ pub(super) fn tail(differences: &BTreeMap<RelPath, Differs>, root: &Root) -> Tai
         let read = flags(path);
         let of = |entry: &Option<Entry>| if file(entry.as_ref()) { read.clone() } else { Flags::new() };
         let (fork_flags, flags) = (of(&fork), of(&ours));
-        (path.clone(), Change { fork, ours, was: was(it), flags, fork_flags })
+        (path.clone(), Change { fork, ours, was: was.get(path).cloned(), owner: owner(path), flags, fork_flags })
     };
     differences.iter().map(&mut change).collect()
 }

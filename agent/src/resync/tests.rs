@@ -5,12 +5,14 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
-use twinbox_protocol::ids::{ChainHash, Lsn};
+use twinbox_protocol::digest::DigestKey;
+use twinbox_protocol::ids::{ChainHash, Epoch, Generation, Lsn, MirrorId};
+use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::Position;
 use twinbox_protocol::path::RelPath;
 use twinbox_protocol::rejoin::{Changes, Merge, Merged};
 use twinbox_resync::manifest::Manifest;
-use twinbox_resync::node::Role;
+use twinbox_resync::node::{MirrorState, NodeState, Role};
 use twinbox_resync::reconcile::{Outcome, Plan, Policy, What, questions, reconcile};
 use twinbox_resync::rows::{Row, Rows};
 
@@ -173,8 +175,12 @@ impl Rig {
     }
 
     fn store(&self) -> Store {
-        let lent =
-            Lent { root: self.theirs(), mirror_dir: self.dir.path().join("them"), selection: Selection::new(Layout::Maildir, vec![]) };
+        let lent = Lent {
+            root: self.theirs(),
+            mirror_dir: self.dir.path().join("them"),
+            selection: Selection::new(Layout::Maildir, vec![]),
+            alone: std::sync::Arc::default(),
+        };
         Store::open(&lent).unwrap()
     }
 
@@ -201,6 +207,16 @@ impl Rig {
         let us = rig.dir.path().join("us/mirrors/mail");
         fs::create_dir_all(&us).unwrap();
         fs::create_dir_all(rig.dir.path().join("them")).unwrap();
+        let known = MirrorState {
+            mirror_id: MirrorId([1; 16]),
+            role: Role::Standby,
+            lineage: Lineage::begin(Generation([1; 16]), "alpha"),
+            epoch: Epoch(1),
+            digest_key: DigestKey([0; 32]),
+            reserved: Lsn(7),
+            complete: true,
+        };
+        NodeState::open(&rig.job.state_dir).unwrap().set_mirror("mail", &known).unwrap();
         rows(&ours, &us.join("manifest.db"));
         rows(&theirs, &rig.dir.path().join("them/manifest.db"));
         for (root, tag, steps) in [(&ours, "ours", alone[0]), (&theirs, "theirs", alone[1])] {
@@ -212,7 +228,7 @@ impl Rig {
     fn plan(&self) -> Plan {
         let manifest = Manifest::open(&self.dir.path().join("us/mirrors/mail/manifest.db"), true).unwrap();
         let root = Root::open(&self.ours()).unwrap();
-        let (all, _) = differences(&manifest, &root, &self.job.spec.selection, &mut |_| {}).unwrap();
+        let (all, _) = differences(&manifest, &root, &self.job.spec.selection, false, &mut |_| {}).unwrap();
         let (tail, mut store) = (tail(&all, &root), self.store());
         let asks = questions(&tail);
         let theirs: std::collections::HashMap<_, _> =
@@ -226,13 +242,15 @@ impl Rig {
     fn merge(&self, plan: &Plan) -> Stored {
         let mut stored = Stored {
             other: "beta".into(),
-            lineage: twinbox_protocol::lineage::Lineage::begin(twinbox_protocol::ids::Generation([1; 16]), "beta"),
-            epoch: twinbox_protocol::ids::Epoch(2),
+            lineage: Lineage::begin(Generation([1; 16]), "beta"),
+            epoch: Epoch(2),
             fork: Position { lsn: Lsn(7), chain: ChainHash([7; 32]) },
             policy: Policy::Merge,
             plan: plan.clone(),
             changes: Changes::default(),
             merged: true,
+            done: BTreeSet::new(),
+            asked: Policy::Merge,
             there: BTreeSet::new(),
             rescued: None,
         };
@@ -305,7 +323,7 @@ proptest! {
         // The rows say what the disk has, to the last byte: nothing is left to be told.
         let manifest = Manifest::open(&rig.dir.path().join("us/mirrors/mail/manifest.db"), true).unwrap();
         let root = Root::open(&rig.ours()).unwrap();
-        let (left, _) = differences(&manifest, &root, &rig.job.spec.selection, &mut |_| {}).unwrap();
+        let (left, _) = differences(&manifest, &root, &rig.job.spec.selection, false, &mut |_| {}).unwrap();
         let left: Vec<_> = left.iter().filter(|(_, it)| !it.ours.as_ref().is_some_and(|(entry, _)| entry.is_dir())).map(|(path, _)| path).collect();
         prop_assert!(left.is_empty(), "{:?}", left);
     }

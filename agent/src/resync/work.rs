@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs as rfs;
 use serde::{Deserialize, Serialize};
@@ -29,12 +30,15 @@ use super::report;
 use super::tail::{Differs, TailError, differences, tail};
 use crate::capture::engine::wall_ns;
 use crate::roles::{MirrorSpec, mirror_dir};
+use crate::standby::copy;
 use crate::standby::replica::Replica;
 use crate::standby::rescue::{Rescue, Why};
 use crate::tree::Root;
 
+/// How often it is stored while items are merged.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// The plan under way, in the mirror's directory.
-const PLAN: &str = "resync.json";
+pub(crate) const PLAN: &str = "resync.json";
 
 /// Why a node is not a standby in sync yet.
 #[derive(Debug, thiserror::Error)]
@@ -73,11 +77,15 @@ pub(super) struct Stored {
     pub(super) epoch: Epoch,
     pub(super) fork: Position,
     pub(super) policy: Policy,
+    /// What was asked for.
+    pub(super) asked: Policy,
     pub(super) plan: Plan,
     pub(super) changes: Changes,
     /// Everything was asked of the other node.
     pub(super) merged: bool,
-    /// Contents that came there by that.
+    /// Items of which that was done, and it was stored.
+    pub(super) done: BTreeSet<usize>,
+    /// Contents that are there by that, or were before.
     pub(super) there: BTreeSet<ContentHash>,
     /// What is moved to rescue, once that is known.
     pub(super) rescued: Option<BTreeSet<RelPath>>,
@@ -102,6 +110,8 @@ pub struct Shown {
     pub own_files: u64,
     /// Applied, not only planned.
     pub done: bool,
+    /// Files that were changed while it ran, and are kept in rescue for that.
+    pub unplanned: u64,
     /// Files moved to rescue.
     pub rescued: u64,
     /// Where.
@@ -180,7 +190,30 @@ impl Job {
     }
 
     fn manifest(&self) -> Result<Manifest, ResyncError> {
-        Ok(Manifest::open(&self.dir().join("manifest.db"), true)?)
+        let path = self.dir().join("manifest.db");
+        let mut manifest = match Manifest::open(&path, true) {
+            Err(error) if error.is_damage() => {
+                // The other node has the same rows.
+                let aside = path.with_extension(format!("db.damaged-{}", crate::capture::engine::unix_seconds()));
+                io(format!("setting {} aside", path.display()), fs::rename(&path, &aside))?;
+                for suffix in ["db-wal", "db-shm"] {
+                    let _ = fs::remove_file(path.with_extension(suffix));
+                }
+                tracing::error!(mirror = %self.spec.name, %error, aside = %aside.display(), "manifest set aside; its rows come from the other node");
+                Manifest::open(&path, true)?
+            }
+            other => other?,
+        };
+        manifest.set_digest_key(self.known()?.digest_key).map_err(|e| manifest.state_error(&e))?;
+        Ok(manifest)
+    }
+
+    /// Whether this node may give way to the other one; gives the number of that one's promotion. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ResyncError`].
+    pub async fn check(&self, connection: &quinn::Connection) -> Result<Epoch, ResyncError> {
+        Ok(self.greet(connection).await?.epoch)
     }
 
     fn root(&self) -> Result<Root, ResyncError> {
@@ -229,7 +262,10 @@ impl Job {
                 "node `{name}` has another store under this name: their histories have nothing in common, and nothing was changed"
             )));
         }
+        // A standby of that very history: all but the last step was done.
+        let through = known.role == Role::Standby && relate(us, them) == Relation::Same;
         match (&self.winner, meet(us, them)) {
+            _ if through => {}
             (Some(winner), _) if *winner == self.node => {
                 return Err(self.refused(format!("then node `{name}` is the one that comes back: run this command there")));
             }
@@ -299,7 +335,8 @@ impl Job {
     /// What differs from the rows now.
     fn look(&self, manifest: &mut Manifest, progress: Progress<'_>) -> Result<BTreeMap<RelPath, Differs>, ResyncError> {
         let root = self.root()?;
-        let (all, same) = differences(manifest, &root, &self.spec.selection, &mut |looked_at| progress("comparing", looked_at, None))?;
+        let (all, same) =
+            differences(manifest, &root, &self.spec.selection, false, &mut |looked_at| progress("comparing", looked_at, None))?;
         let position = manifest.position().map_err(|e| manifest.state_error(&e))?;
         let mut noted = || {
             manifest.begin()?;
@@ -330,18 +367,28 @@ impl Job {
         let older = known.reserved < fork.lsn && other.since.is_none();
         let policy = if older { Policy::Rescue } else { self.policy };
         let plan = reconcile(&tail, self.spec.layout == "maildir", policy, &theirs);
+        let already = plan.items.iter().filter(|item| item.outcome == Outcome::Already);
+        let there = already.filter_map(|item| tail.get(&item.path)?.ours.as_ref()?.hash()).collect();
         Ok(Stored {
             other: other.name.clone(),
             lineage: other.lineage.clone(),
             epoch: other.epoch,
             fork,
             policy,
+            asked: self.policy,
             plan,
             changes,
             merged: false,
-            there: BTreeSet::new(),
+            done: BTreeSet::new(),
+            there,
             rescued: None,
         })
+    }
+
+    async fn decide_and_store(&self, other: &mut Other, progress: Progress<'_>) -> Result<Stored, ResyncError> {
+        let stored = self.decide(other, progress).await?;
+        self.store(&stored)?;
+        Ok(stored)
     }
 
     fn stored(&self) -> Result<Option<Stored>, ResyncError> {
@@ -369,6 +416,7 @@ impl Job {
             items: stored.plan.items.iter().map(Told::from).collect(),
             own_files: stored.plan.own,
             done: false,
+            unplanned: 0,
             rescued: 0,
             rescue: None,
             report: None,
@@ -398,12 +446,12 @@ impl Job {
     pub async fn apply(&self, connection: &quinn::Connection, progress: Progress<'_>) -> Result<Shown, ResyncError> {
         let mut other = self.greet(connection).await?;
         let mut stored = match self.stored()?.filter(|stored| stored.fork == other.position) {
-            Some(stored) => stored,
-            None => {
-                let stored = self.decide(&mut other, progress).await?;
-                self.store(&stored)?;
-                stored
+            Some(stored) if stored.asked != self.policy && (stored.merged || !stored.done.is_empty()) => {
+                return Err(self.refused(format!("a resync with --policy {} has begun: finish that one", policy_text(stored.asked))));
             }
+            Some(stored) if stored.asked == self.policy && stored.other == other.name => stored,
+            Some(_) => self.decide_and_store(&mut other, progress).await?,
+            None => self.decide_and_store(&mut other, progress).await?,
         };
         // Its history may have grown since the plan was made.
         (stored.lineage, stored.epoch) = (other.lineage.clone(), other.epoch);
@@ -415,6 +463,8 @@ impl Job {
         drop(other);
         let rescued = self.settle(&mut stored, progress)?;
         let mut shown = self.shown(&stored);
+        let told: BTreeSet<&RelPath> = stored.plan.rescue.iter().chain(stored.plan.items.iter().map(|item| &item.path)).collect();
+        shown.unplanned = stored.rescued.iter().flatten().filter(|path| !told.contains(path)).count() as u64;
         (shown.done, shown.rescued, shown.rescue) = (true, rescued, (rescued > 0).then(|| self.dir().join("rescue")));
         shown.text = report::text(&shown, &stored.plan.items, &stored.changes);
         let path = report::path(&self.dir());
@@ -433,10 +483,20 @@ impl Job {
         // Folders have their new names before anything is put into them.
         let (first, rest): (Vec<usize>, Vec<usize>) =
             (0..stored.plan.items.len()).partition(|n| stored.plan.items[*n].what == What::FolderMove);
+        let (mut saved, mut took) = (Instant::now(), Duration::ZERO);
         for (done, n) in first.iter().chain(&rest).enumerate() {
             progress("merging", done as u64, Some(total));
             if done == first.len() {
                 self.dirs(other, &stored.plan.dirs).await?;
+            }
+            if stored.done.contains(n) {
+                continue;
+            }
+            // Not for each: it is one file, and the plan may be long.
+            if saved.elapsed() > SAVE_EVERY.max(10 * took) {
+                let began = Instant::now();
+                self.store(stored)?;
+                (saved, took) = (Instant::now(), began.elapsed());
             }
             let item = &mut stored.plan.items[*n];
             let hash = |merge: &Option<Merge>| match merge {
@@ -444,17 +504,18 @@ impl Job {
                 _ => None,
             };
             let Some(merge) = item.merge.clone() else { continue };
-            let file = match &merge {
-                Merge::Message { .. } => match root.file(&item.path) {
-                    Ok(file) => Some(File::from(file)),
-                    Err(error) => {
-                        // In rescue already, or changed by somebody since the plan was made: told with the rest.
-                        item.outcome = Outcome::Stays { why: format!("not there any more ({error})") };
-                        continue;
-                    }
-                },
-                _ => None,
-            };
+            let mut file = None;
+            if let Merge::Message { entry, .. } = &merge {
+                // What was changed or moved since the plan was made is kept with the rest.
+                let found = root.file(&item.path).map(File::from).ok();
+                file = found.filter(|file| copy::hash(file).ok() == entry.hash());
+                if file.is_none() {
+                    stored.plan.rescue.push(item.path.clone());
+                    item.outcome = Outcome::Rescue { why: "it was changed, or moved, after the plan was made".into() };
+                    stored.done.insert(*n);
+                    continue;
+                }
+            }
             match other.remote.merge(merge, file.as_ref()).await? {
                 Merged::Done | Merged::Already => stored.there.extend(hash(&item.merge)),
                 Merged::Kept { why } => {
@@ -462,6 +523,7 @@ impl Job {
                     item.outcome = Outcome::Rescue { why };
                 }
             }
+            stored.done.insert(*n);
         }
         if rest.is_empty() {
             self.dirs(other, &stored.plan.dirs).await?;
@@ -484,15 +546,13 @@ impl Job {
         let rescue = Rescue::new(&self.dir());
         let mut losers: BTreeSet<RelPath> = stored.rescued.take().unwrap_or_default();
         losers.extend(stored.plan.rescue.iter().cloned());
-        let already: BTreeSet<&RelPath> =
-            stored.plan.items.iter().filter(|item| item.outcome == Outcome::Already).map(|item| &item.path).collect();
         let moved: BTreeSet<ContentHash> = all.values().filter_map(|it| it.fork.as_ref()?.entry.hash()).collect();
         for (path, it) in &all {
             let Some((entry, _)) = it.ours.as_ref().filter(|(entry, _)| !entry.is_dir()) else { continue };
             let known = match entry.hash() {
                 // On the other node: since it was merged, or at the fork (small ones of paths that are as they were are not found, and kept in vain).
                 Some(hash) => {
-                    let merged = stored.there.contains(&hash) || already.contains(path) || moved.contains(&hash);
+                    let merged = stored.there.contains(&hash) || moved.contains(&hash);
                     merged || entry.size() == 0 || self.is_known(&manifest, hash)?
                 }
                 None => it.fork.as_ref().is_some_and(|fork| fork.entry.kind == entry.kind),
@@ -547,12 +607,18 @@ impl Job {
         }
         let node = NodeState::open(&self.state_dir)?;
         let known = self.known()?;
-        let state = MirrorState { role: Role::Standby, lineage: stored.lineage, epoch: stored.epoch, complete: true, ..known };
+        // Not at a cut before the other node's changes are here: its first whole transaction says so.
+        let state = MirrorState { role: Role::Standby, lineage: stored.lineage, epoch: stored.epoch, complete: false, ..known };
         node.set_mirror(&self.spec.name, &state)?;
-        for mark in [crate::switch::RETURNING, PLAN] {
-            gone(fs::remove_file(dir.join(mark)), &dir.join(mark))?;
-        }
+        io("removing marks", crate::switch::unmark(&dir, &[crate::switch::RETURNING, PLAN]))?;
         Ok(())
+    }
+}
+
+fn policy_text(policy: Policy) -> &'static str {
+    match policy {
+        Policy::Merge => "merge",
+        Policy::Rescue => "rescue",
     }
 }
 
