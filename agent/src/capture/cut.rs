@@ -307,7 +307,8 @@ impl Engine {
         let known = Known {
             row: row.as_ref(),
             content: mark.content,
-            scan: mark.scan,
+            // A file that is moved from where it was not compared yet to where that is over is in no listing.
+            scan: mark.scan || self.scan.is_first(),
             quiet_only: now.duration_since(mark.last) < SETTLE && now.duration_since(mark.since) < SETTLE_MAX,
             unfinished: self
                 .closers

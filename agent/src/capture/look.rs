@@ -146,6 +146,8 @@ fn try_look(
         && let Some(then) = row.local
         && !known.content
         && then.ino == local.ino
+        // Noted as "to be read again", after a power cut: a rename since then says nothing of its bytes.
+        && then.ctime != Time::default()
         && row.entry.size() == before.st_size as u64
         && row.entry.mtime == tree::mtime(&before)
         && (!known.scan || then.ctime == local.ctime)

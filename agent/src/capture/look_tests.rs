@@ -66,6 +66,23 @@ fn a_small_file_comes_whole_and_an_unchanged_one_unread() {
 }
 
 #[test]
+fn what_is_to_be_read_again_is_read_whatever_its_times_say() {
+    let place = place();
+    let path = place.dir.path().join("f");
+    fs::write(&path, b"hello").unwrap();
+    let (first, _) = found(look(&place.root, &p("f"), &ask(None), |_| None, &NoChunks).0);
+    let modified = fs::metadata(&path).unwrap().modified().unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().write_all(b"other").unwrap();
+    File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+    let known = row(&first);
+    // After a power cut: a heal has noted that nobody knows.
+    let distrusted = Row { local: known.local.map(|local| twinbox_resync::rows::Local { ctime: Time::default(), ..local }), ..known };
+    let renamed = Known { content: false, ..ask(Some(&distrusted)) };
+    let (again, _) = found(look(&place.root, &p("f"), &renamed, |_| None, &NoChunks).0);
+    assert_eq!(again.entry.hash(), Some(ContentHash::of(b"other")));
+}
+
+#[test]
 fn an_open_writer_is_seen_and_waited_for_when_asked() {
     let place = place();
     let path = place.dir.path().join("f");

@@ -100,6 +100,11 @@ impl Scan {
         self.moved.over = false;
     }
 
+    /// The first comparison of a life is not over: what a path's row says may be older than this life.
+    pub(super) fn is_first(&self) -> bool {
+        !self.moved.over
+    }
+
     pub(super) fn clear(&mut self) {
         let moved = Moved { over: self.moved.over, ..Moved::default() };
         *self = Scan { moved, ..Scan::default() };
