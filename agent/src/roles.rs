@@ -55,7 +55,7 @@ pub struct MirrorSpec {
 }
 
 /// The other node.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct PeerSpec {
     /// Name.
     pub node: String,

@@ -101,7 +101,10 @@ impl Agent {
         let peers = peers(&config)?;
         pin(&self.pins, &peers)?;
         let mut roles = self.roles.lock().await;
-        roles.connect(&peers, &self.endpoints);
+        // A session that nothing was changed of goes on.
+        if *self.peers.read().unwrap_or_else(PoisonError::into_inner) != peers {
+            roles.connect(&peers, &self.endpoints);
+        }
         let specs = mirrors(&config, &[]);
         roles.reselect(&specs);
         for known in self.specs.write().unwrap_or_else(PoisonError::into_inner).iter_mut() {

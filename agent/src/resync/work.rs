@@ -439,7 +439,7 @@ impl Job {
         Ok(self.shown(&stored))
     }
 
-    /// Does it; this node is a standby when it returns, and knows it after [`finish`].
+    /// Does it; this node is a standby when it returns, and knows it after [`Job::finish`].
     ///
     /// # Errors
     /// [`ResyncError`]: it can be run again, and goes on where it was.
@@ -450,16 +450,19 @@ impl Job {
                 return Err(self.refused(format!("a resync with --policy {} has begun: finish that one", policy_text(stored.asked))));
             }
             Some(stored) if stored.asked == self.policy && stored.other == other.name => stored,
-            Some(_) => self.decide_and_store(&mut other, progress).await?,
-            None => self.decide_and_store(&mut other, progress).await?,
+            _ => self.decide_and_store(&mut other, progress).await?,
         };
         // Its history may have grown since the plan was made.
         (stored.lineage, stored.epoch) = (other.lineage.clone(), other.epoch);
         if !stored.merged {
-            self.merge(&mut other, &mut stored, progress).await?;
-            stored.merged = true;
+            let merged = self.merge(&mut other, &mut stored, progress).await;
+            stored.merged = merged.is_ok();
+            // Also when the link is lost in the middle: what was merged is not merged again.
+            self.store(&stored)?;
+            merged?;
+        } else {
+            self.store(&stored)?;
         }
-        self.store(&stored)?;
         drop(other);
         let rescued = self.settle(&mut stored, progress)?;
         let mut shown = self.shown(&stored);
