@@ -89,7 +89,7 @@ impl ExitCode {
             ExitCode::State => "state database damaged, written by a newer version, or belonging to another store",
             ExitCode::Listen => "cannot listen: address in use or not on this machine",
             ExitCode::NoAgent => "no agent is running for this configuration, or it does not answer",
-            ExitCode::Peer => "the peer refused us, or the pairing code was wrong, used or expired",
+            ExitCode::Peer => "the peer refused us, does not answer, or the pairing code was wrong, used or expired",
             ExitCode::Differs => "the two sides differ or are not in sync",
             ExitCode::Io => "disk full or an I/O error; nothing acknowledged is lost",
             ExitCode::Watches => "limit on inotify watches reached; the message names the sysctl and the number needed",
@@ -97,7 +97,7 @@ impl ExitCode {
             ExitCode::NotInTime => "the fence was not through in time; the changes still travel",
             ExitCode::Unprotected => "no standby follows: what changes now exists once",
             ExitCode::Unhealed => "after a power cut this disk may lack mail that no standby could name or give back",
-            ExitCode::Refused => "the role was not changed: it would lose something, or cannot be; the message says why",
+            ExitCode::Refused => "refused: it would lose something, or cannot be; the message says why, and what role this node has",
             ExitCode::Interrupted => "interrupted by Ctrl-C before the job was done",
         }
     }

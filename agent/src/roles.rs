@@ -443,6 +443,10 @@ impl Roles {
 
     /// Ends sessions, then captures, then standbys with a last checkpoint.
     pub fn stop(&mut self) {
+        // Before their links: a capture that goes on without a standby would begin a history that nobody hears of.
+        for primary in &self.primaries {
+            primary.capture.handle().send(crate::capture::Command::Stop);
+        }
         for primary in &mut self.primaries {
             if let Some(task) = primary.task.take() {
                 task.abort();

@@ -126,7 +126,7 @@ pub fn demote(state_dir: &Path, mirror: &str, root: &Path, selection: &Selection
     let dir = mirror_dir(state_dir, mirror);
     let manifest = Manifest::open(&dir.join("manifest.db"), true)?;
     let (count, first) = differences(&manifest, root, selection).map_err(io)?;
-    if let Some(first) = first.filter(|_| !changed) {
+    if let Some(first) = first.clone().filter(|_| !changed) {
         return Err(SwitchError::Changed { mirror: mirror.into(), count, first });
     }
     // Of an earlier time as standby.
@@ -138,6 +138,11 @@ pub fn demote(state_dir: &Path, mirror: &str, root: &Path, selection: &Selection
     // Of steps that were not finished.
     unmark(&dir, &[ADOPTING, GAVE_UP, RETURNING]).map_err(io)?;
     known.role = Role::Standby;
+    if first.is_some() {
+        // What the other node lacks is told from what it has by comparing all of it, and kept.
+        set_mark(&dir, GAVE_UP, "").map_err(io)?;
+        known.complete = false;
+    }
     Ok(node.set_mirror(mirror, &known)?)
 }
 
@@ -150,9 +155,9 @@ pub fn give_up(state_dir: &Path, mirror: &str) -> Result<(), SwitchError> {
     let node = NodeState::open(state_dir)?;
     let dir = mirror_dir(state_dir, mirror);
     let mut known = match node.mirror(mirror)? {
-        // Given up before, and that did not get to its end.
-        Some(known) if gave_up(state_dir, mirror) || is_returning(state_dir, mirror, known.role) => known,
-        _ => known(&node, mirror, Role::Standby)?,
+        // Given up before, and that did not get to its end; or it has stepped down, or follows a history that its primary has left: the caller knows.
+        Some(known) => known,
+        None => known(&node, mirror, Role::Standby)?,
     };
     or_absent(fs::remove_file(dir.join(ADOPTING))).map_err(io)?;
     set_mark(&dir, GAVE_UP, "").map_err(io)?;

@@ -211,6 +211,17 @@ fn a_switchover_is_one_command() {
     wait_until(LIMIT, "somebody to be told", || {
         fs::read_to_string(&log).is_ok_and(|lines| lines.contains("beta on_unprotected primary mail"))
     });
+    // A machine that is started has the mail server of its role.
+    fs::remove_file(&log).unwrap();
+    world.nodes.iter_mut().for_each(|node| {
+        if node.agent.is_some() {
+            node.stop();
+        }
+        node.start();
+    });
+    let started = ["alpha post_demote standby mail", "beta post_promote primary mail"];
+    wait_until(LIMIT, "the hooks of a start", || started.iter().all(|line| hooks_run(&log).iter().any(|run| run == line)));
+    world.in_sync();
     for node in 0..2 {
         assert_eq!(world.rescued(node), [], "nobody lost anything");
     }

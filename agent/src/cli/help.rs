@@ -138,7 +138,7 @@ Make sure first that the other machine is off, or that nobody reaches its mail s
 take mail at the same time are two histories, and one of them will have to go to rescue. Refused while the
 primary is connected, and while the first sync is not complete: --force goes on all the same, with a
 replica that is at no point in time. Everything that was acknowledged is there when this ends.
-When the old primary is back: `twinbox demote --force` there.",
+When the old primary is back: `twinbox resync plan` there.",
         SWITCHED,
     )
 }
@@ -146,12 +146,12 @@ When the old primary is back: `twinbox demote --force` there.",
 pub(super) fn demote() -> String {
     sections(
         "
-  Switch over to the other machine, and lose nothing:
+  The halves of `twinbox switchover`, one by one:
     mail1# systemctl stop postfix dovecot
     mail1# twinbox demote
     mail2# twinbox promote
     mail2# systemctl start dovecot postfix
-  A machine that was primary when it died is back, and the other was promoted:
+  A machine that was primary when it died is back, and nothing of it is to be merged (else: `twinbox resync`):
     mail1# twinbox demote --force
 
 Refused unless the standby has everything: nothing may write to the store any more. With --force this

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 use twinbox_protocol::ids::Epoch;
+use twinbox_protocol::msg::RefuseCode;
 use twinbox_protocol::rejoin::Merged;
 use twinbox_resync::reconcile::Policy;
 
@@ -26,13 +27,15 @@ impl Agent {
     pub(super) async fn heed(&self, word: Word) {
         match word {
             Word::Superseded(mirror, epoch) => {
-                // It is said again as long as it is so.
-                if let Ok(_alone) = self.alone() {
-                    self.step_down(&mirror, epoch).await;
-                }
+                // At once, whatever else is under way.
+                self.step_down(&mirror, epoch).await;
             }
-            Word::TakeOver(mirror, reply) => {
-                let done = self.take_over(&mirror).await;
+            Word::TakeOver(mirror, generation, reply) => {
+                let Ok(_alone) = self.alone() else {
+                    let _ = reply.send(Err((RefuseCode::Busy, "another change of role is under way there".into())));
+                    return;
+                };
+                let done = self.take_over(&mirror, generation).await.map_err(|why| (RefuseCode::Failed, why));
                 let taken = done.is_ok();
                 let _ = reply.send(done);
                 if taken {

@@ -2,8 +2,9 @@
 //!
 //! SIGTERM and SIGINT drain and stop; SIGHUP and `twinbox reload` read again what can change: peers, exclusions, groups. Speaks to systemd by `sd_notify`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -93,6 +94,8 @@ pub(super) struct Agent {
     /// Held by the one change of roles, or resync, there may be.
     pub(super) changing: Mutex<()>,
     pub(super) hooks: std::sync::RwLock<Hooks>,
+    /// No role is changed any more.
+    pub(super) stopping: AtomicBool,
 }
 
 impl Agent {
@@ -231,6 +234,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
         fences,
         unhealed,
         changing: Mutex::default(),
+        stopping: AtomicBool::new(false),
         hooks: std::sync::RwLock::new(config.hooks.clone()),
         path: args.file.config.clone(),
         pins,
@@ -300,7 +304,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     let mut heed = tokio::time::interval(HEED);
     let mut ended = None;
     let mut hanging: BTreeMap<String, Stage> = BTreeMap::new();
-    let mut events = Events::default();
+    let (mut events, mut greeted) = (Events::default(), BTreeSet::new());
     // One after the other, so that "protected" does not overtake "unprotected".
     let (tell, mut told) = mpsc::channel::<(Hook, About)>(64);
     let teller = {
@@ -342,6 +346,13 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                     let roles = agent.roles.lock().await;
                     (roles.captures(), roles.stalls(), roles.status())
                 };
+                // A machine that was started anew has the mail server of its role, and what was cut off by a stop is made up for.
+                for one in &status {
+                    if greeted.insert(one.name.clone()) {
+                        let hook = if one.role == Role::Primary { Hook::PostPromote } else { Hook::PostDemote };
+                        let _ = tell.try_send((hook, agent.about(&one.name, one.role, "the agent has started")));
+                    }
+                }
                 status.extend(agent.unhealed.status());
                 for (hook, mirror) in events.look(&status, Instant::now()) {
                     let one = status.iter().find(|one| one.name == mirror);
@@ -371,6 +382,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     }
     healing.abort();
     teller.abort();
+    agent.stopping.store(true, Ordering::SeqCst);
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     tracing::info!("stopping: finishing what is under way");
     let captures = agent.roles.lock().await.captures();

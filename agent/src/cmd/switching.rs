@@ -4,13 +4,15 @@
 
 use std::path::PathBuf;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::MutexGuard;
 use tokio::time::{Instant, timeout};
 use twinbox_protocol::codec::CONTROL_MAX;
 use twinbox_protocol::ids::{Epoch, Generation};
-use twinbox_protocol::msg::{ToPrimary, ToStandby};
+use twinbox_protocol::msg::{RefuseCode, ToPrimary, ToStandby};
+use twinbox_resync::node::NodeState;
 
 use super::run::{Agent, DRAIN, HEAL_ENDS, outcome, said, standby_of};
 use crate::admin::{Response, Switch};
@@ -19,7 +21,7 @@ use crate::config::Role;
 use crate::hooks::{About, Hook};
 use crate::net::framed::{FrameReader, write_frame};
 use crate::roles::{MirrorSpec, Roles};
-use crate::status::MirrorStatus;
+use crate::status::{MirrorState, MirrorStatus};
 
 /// How long the other node may take to become primary, its hooks included.
 const TAKES_OVER: Duration = Duration::from_secs(300);
@@ -50,9 +52,22 @@ impl Agent {
 
     /// Only one change of roles at a time.
     pub(super) fn alone(&self) -> Result<MutexGuard<'_, ()>, Response> {
+        self.goes_on()?;
         self.changing.try_lock().map_err(|_| {
             Response::error("refused", "another change of role, or a resync, is under way: `twinbox status` says how far it is")
         })
+    }
+
+    /// An agent that stops changes no roles any more: nobody would run the hooks.
+    fn goes_on(&self) -> Result<(), Response> {
+        let stops = self.stopping.load(Ordering::SeqCst);
+        if stops { Err(Response::error("refused", "the agent is stopping: try again when it is back")) } else { Ok(()) }
+    }
+
+    /// Whether `state.db` says that this node is primary.
+    fn is_primary(&self, mirror: &str) -> bool {
+        let known = NodeState::open(&self.state).and_then(|node| node.mirror(mirror));
+        known.is_ok_and(|known| known.is_some_and(|known| known.role == twinbox_resync::node::Role::Primary))
     }
 
     /// The mirror that is meant, which must not have that role.
@@ -73,6 +88,8 @@ impl Agent {
             {
                 Ok(mirror)
             }
+            // Its history and the primary's have parted, however that came about.
+            Some(mirror) if not == Role::Standby && switch.force && mirror.state == MirrorState::Diverged => Ok(mirror),
             // It has stepped down, and can give up what it has alone.
             Some(mirror) if not == Role::Standby && roles.returning(&mirror.name).is_some() => Ok(mirror),
             Some(mirror) if mirror.role == not => {
@@ -108,7 +125,7 @@ impl Agent {
 
     pub(super) async fn promote(&self, switch: &Switch) -> Result<Response, Response> {
         let _alone = self.alone()?;
-        let (name, epoch) = self.become_primary(switch, false).await?;
+        let (name, epoch) = self.become_primary(switch, None).await?;
         self.hook_after(Hook::PostPromote, &self.about(&name, Role::Primary, "promoted")).await;
         Ok(said(format!("Mirror `{name}`: this node is its primary now (epoch {}). {}", epoch.0, self.then_start())))
     }
@@ -118,27 +135,33 @@ impl Agent {
         if hooked { "The hook post_promote has run." } else { "Start the mail server." }
     }
 
-    /// The other node, which was primary until now, asks this one to take over.
-    pub(super) async fn take_over(&self, mirror: &str) -> Result<(), String> {
-        let why = |response: Response| match response {
+    /// The other node, which was primary until now, asks this one to take over, in the history of `generation`.
+    pub(super) async fn take_over(&self, mirror: &str, generation: Generation) -> Result<(), String> {
+        let switch = Switch { mirror: Some(mirror.into()), force: false };
+        self.become_primary(&switch, Some(generation)).await.map(|_| ()).map_err(|response| match response {
             Response::Error { message, .. } => message,
             Response::Ok(_) => String::new(),
-        };
-        let _alone = self.alone().map_err(why)?;
-        let switch = Switch { mirror: Some(mirror.into()), force: false };
-        self.become_primary(&switch, true).await.map(|_| ()).map_err(why)
+        })
     }
 
-    async fn become_primary(&self, switch: &Switch, asked: bool) -> Result<(String, Epoch), Response> {
+    async fn become_primary(&self, switch: &Switch, asked: Option<Generation>) -> Result<(String, Epoch), Response> {
         let check = |roles: &Roles| {
+            self.goes_on()?;
             let mirror = self.to_switch(roles, switch, Role::Primary)?;
             if !switch.force {
-                self.may_promote(roles, &mirror, asked)?;
+                self.may_promote(roles, &mirror, asked.is_some())?;
+            }
+            // Whoever asked may have taken the role back meanwhile.
+            let known = NodeState::open(&self.state).and_then(|node| node.mirror(&mirror.name));
+            let follows =
+                |generation| known.as_ref().is_ok_and(|known| known.as_ref().is_some_and(|known| known.lineage.generation() == generation));
+            if asked.is_some_and(|generation| !follows(generation)) {
+                return Err(Response::error("refused", format!("mirror `{}`: its primary has gone on meanwhile", mirror.name)));
             }
             Ok::<_, Response>(mirror.name)
         };
         let name = check(&*self.roles.lock().await)?;
-        let reason = if asked { "the primary hands over" } else { "promote" };
+        let reason = if asked.is_some() { "the primary hands over" } else { "promote" };
         self.hook_before(Hook::PrePromote, &self.about(&name, Role::Standby, reason)).await?;
         let mut roles = self.roles.lock().await;
         check(&roles)?;
@@ -192,9 +215,13 @@ impl Agent {
             spec.ok_or_else(|| Response::error("refused", format!("mirror `{}` is not configured any more", mirror.name)))?
         };
         let name = spec.name.as_str();
-        self.hook_before(Hook::PreDemote, &self.about(name, Role::Primary, reason)).await?;
-        let done = self.hand_over(&spec, changed).await;
-        if done.is_err() {
+        let stopped = self.hook_before(Hook::PreDemote, &self.about(name, Role::Primary, reason)).await;
+        let done = match stopped {
+            Ok(()) => self.hand_over(&spec, changed).await,
+            // It may have stopped half of it.
+            Err(refusal) => Err(refusal),
+        };
+        if done.is_err() && self.is_primary(name) {
             self.hook_after(
                 Hook::PostPromote,
                 &self.about(name, Role::Primary, format!("{reason} was refused: this node is still primary")),
@@ -220,6 +247,7 @@ impl Agent {
     async fn hand_over(&self, spec: &MirrorSpec, changed: bool) -> Result<(), Response> {
         let name = spec.name.as_str();
         let mut roles = self.roles.lock().await;
+        self.goes_on()?;
         let capture = self.is_followed(&roles, name)?;
         if !matches!(timeout(DRAIN, capture.ask(Command::Sync)).await, Ok(Some(()))) {
             let why = "the standby did not get everything in time: stop the mail server first, then try again";
@@ -239,13 +267,16 @@ impl Agent {
         match self.ask_to_take_over(name).await {
             Ok(other) => {
                 self.hook_after(Hook::PostDemote, &self.about(name, Role::Standby, format!("`{other}` has taken over"))).await;
-                Ok(said(format!("Mirror `{name}`: node `{other}` is its primary now, and this one its standby. Nothing was lost.")))
+                let end = if switch.force { "What was written here after the last transaction is in rescue." } else { "Nothing was lost." };
+                Ok(said(format!("Mirror `{name}`: node `{other}` is its primary now, and this one its standby. {end}")))
             }
             Err(Unmoved::Refused(why)) => {
                 // It is not primary, and was told nothing that would make it so: back to where everything was.
                 let switch = Switch { mirror: Some(name.into()), force: true };
-                let back = self.become_primary(&switch, false).await;
-                self.hook_after(Hook::PostPromote, &self.about(name, Role::Primary, "the switchover was refused")).await;
+                let back = self.become_primary(&switch, None).await;
+                if back.is_ok() {
+                    self.hook_after(Hook::PostPromote, &self.about(name, Role::Primary, "the switchover was refused")).await;
+                }
                 let end = match back {
                     Ok(_) => "this node is primary again".to_owned(),
                     Err(Response::Error { message, .. }) => format!("and this node is its standby: {message}"),
@@ -265,7 +296,7 @@ impl Agent {
     async fn ask_to_take_over(&self, mirror: &str) -> Result<String, Unmoved> {
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner).clone();
         let paths = standby_of(&peers, &self.endpoints).ok_or_else(|| Unmoved::Refused("no other node is known".into()))?;
-        let known = twinbox_resync::node::NodeState::open(&self.state).and_then(|node| node.mirror(mirror));
+        let known = NodeState::open(&self.state).and_then(|node| node.mirror(mirror));
         let generation = known.ok().flatten().map(|known| known.lineage.generation()).ok_or_else(|| Unmoved::Refused("state.db".into()))?;
         let deadline = Instant::now() + TAKES_OVER;
         let mut asked = None;
@@ -275,7 +306,9 @@ impl Agent {
             };
             match take_over(&connection, mirror, generation).await {
                 Ok(()) => return Ok(paths.node().to_owned()),
-                Err(TookOver::Refused(why)) => return Err(Unmoved::Refused(why)),
+                // Unless it was asked before: that answer may be on its way to being another.
+                Err(TookOver::Refused(why)) if asked.is_none() => return Err(Unmoved::Refused(why)),
+                Err(TookOver::Refused(why)) => return Err(Unmoved::Unknown(why)),
                 // It closes its connections when its role changes, and says so when it is asked again.
                 Err(TookOver::Lost(why)) if Instant::now() < deadline => asked = Some(why),
                 Err(TookOver::Lost(why)) => return Err(Unmoved::Unknown(why)),
@@ -294,6 +327,7 @@ async fn take_over(connection: &quinn::Connection, mirror: &str, generation: Gen
     write_frame(&mut send, &asked).await.map_err(|error| lost(&error))?;
     match timeout(TAKES_OVER, control.next()).await {
         Ok(Ok(Some(ToPrimary::Begun))) => Ok(()),
+        Ok(Ok(Some(ToPrimary::Refuse { code: RefuseCode::Busy, message }))) => Err(TookOver::Lost(message)),
         Ok(Ok(Some(ToPrimary::Refuse { message, .. }))) => Err(TookOver::Refused(message)),
         Ok(Ok(_)) => Err(TookOver::Lost("the answer was cut short".into())),
         Ok(Err(error)) => Err(lost(&error)),

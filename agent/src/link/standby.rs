@@ -53,7 +53,7 @@ pub enum Word {
     /// It is primary of this mirror, too, and was promoted after this node.
     Superseded(String, Epoch),
     /// It was primary of this mirror, has nothing that this node lacks, and asks it to take over.
-    TakeOver(String, oneshot::Sender<Result<(), String>>),
+    TakeOver(String, Generation, oneshot::Sender<Result<(), (RefuseCode, String)>>),
 }
 
 /// All mirrors served here.
@@ -342,17 +342,17 @@ impl Server {
             Ok(())
         } else if follows && self.mirrors.contains_key(&mirror) {
             let (reply, answer) = oneshot::channel();
-            let asked = self.words.try_send(Word::TakeOver(mirror, reply));
+            let asked = self.words.try_send(Word::TakeOver(mirror, generation, reply));
             match (asked, answer.await) {
                 (Ok(()), Ok(done)) => done,
-                _ => Err("its agent is busy or stopping".into()),
+                _ => Err((RefuseCode::Busy, "its agent is busy or stopping".into())),
             }
         } else {
-            Err(format!("node `{}` is not a standby that follows the same history", self.node))
+            Err((RefuseCode::Failed, format!("node `{}` is not a standby that follows the same history", self.node)))
         };
         let word = match taken {
             Ok(()) => ToPrimary::Begun,
-            Err(message) => ToPrimary::Refuse { code: RefuseCode::Failed, message },
+            Err((code, message)) => ToPrimary::Refuse { code, message },
         };
         write_frame(send, &word).await?;
         let _ = send.finish();

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{self as rfs, FileType, RenameFlags};
 use rustix::io::Errno;
@@ -204,6 +204,9 @@ impl Store {
         }) {
             return Ok(kept("it is not mirrored on this node"));
         }
+        // A temporary name is the directory's, not the writer's.
+        static ONE: Mutex<()> = Mutex::new(());
+        let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         match merge {
             Merge::Dir { path, entry } => self.dir(path, entry),
             Merge::Message { folder, unique, flags, entry } => self.deliver(folder, unique, flags, entry, bytes),
