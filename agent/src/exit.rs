@@ -97,7 +97,7 @@ impl ExitCode {
             ExitCode::NotInTime => "the fence was not through in time; the changes still travel",
             ExitCode::Unprotected => "no standby follows: what changes now exists once",
             ExitCode::Unhealed => "after a power cut this disk may lack mail that no standby could name or give back",
-            ExitCode::Refused => "refused: it would lose something, or cannot be; the message says why, and what role this node has",
+            ExitCode::Refused => "refused: it would lose something, or cannot be; the message says why",
             ExitCode::Interrupted => "interrupted by Ctrl-C before the job was done",
         }
     }
