@@ -223,7 +223,7 @@ pub fn gave_up(state_dir: &Path, mirror: &str) -> bool {
 }
 
 /// A removal of what need not be there.
-fn or_absent(removed: std::io::Result<()>) -> std::io::Result<()> {
+pub(crate) fn or_absent(removed: std::io::Result<()>) -> std::io::Result<()> {
     match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -117,26 +117,15 @@ pub struct Plan {
     pub own: u64,
 }
 
-/// The other node's store as it is now.
-pub trait Theirs {
-    /// What is there; `None`: nothing.
-    fn find(&self, ask: &Ask) -> Option<&Found>;
-}
-
-impl Theirs for HashMap<Ask, Found> {
-    fn find(&self, ask: &Ask) -> Option<&Found> {
-        self.get(ask)
-    }
-}
+/// What is in the other node's store now, of what was asked; what is missing is not there.
+pub type Theirs = HashMap<Ask, Found>;
 
 /// Folders that were given another name: new name ▶ old one.
 fn folder_moves(tail: &Tail) -> BTreeMap<&RelPath, &RelPath> {
     let gone = |path: &RelPath| tail.get(path).is_some_and(|change| change.ours.is_none());
-    // What a mail server renames before it removes it is not moved.
-    let trash = |path: &RelPath| path.as_bytes().split(|byte| *byte == b'/').any(is_trash);
     let moves: BTreeMap<&RelPath, &RelPath> = tail
         .iter()
-        .filter(|(path, _)| !trash(path))
+        .filter(|(path, _)| !is_in_trash(path)) // What a mail server renames before it removes it is not moved.
         .filter_map(|(path, change)| Some((path, change.was.as_ref().filter(|was| gone(was))?)))
         .collect();
     // What lies in a directory that was moved has moved with it.
@@ -147,9 +136,9 @@ fn folder_moves(tail: &Tail) -> BTreeMap<&RelPath, &RelPath> {
     moves.iter().filter(|(to, from)| !with_above(to, from)).map(|(to, from)| (*to, *from)).collect()
 }
 
-/// A directory that Dovecot is about to remove, with all that is in it (`..DOVECOT-TRASHED`, or without the dots in other layouts).
-fn is_trash(name: &[u8]) -> bool {
-    name.starts_with(b"..") || name == b"DOVECOT-TRASHED"
+/// Whether Dovecot is about to remove it, with the directory it is in (`..DOVECOT-TRASHED`, or without the dots in other layouts).
+fn is_in_trash(path: &RelPath) -> bool {
+    path.as_bytes().split(|byte| *byte == b'/').any(|name| name.starts_with(b"..") || name == b"DOVECOT-TRASHED")
 }
 
 /// Where a path was before the folders were moved.
@@ -173,9 +162,9 @@ pub fn questions(tail: &Tail) -> BTreeSet<Ask> {
     asks
 }
 
-struct Reconciler<'a, T> {
+struct Reconciler<'a> {
     tail: &'a Tail,
-    theirs: &'a T,
+    theirs: &'a Theirs,
     moves: BTreeMap<&'a RelPath, &'a RelPath>,
     /// Of those, the ones that the other node takes over.
     merged: BTreeSet<RelPath>,
@@ -194,7 +183,7 @@ type ByName<'a> = BTreeMap<Vec<u8>, Vec<Seen<'a>>>;
 
 /// Decides. `mail`: the store is a Maildir; else nothing but files is known.
 #[must_use]
-pub fn reconcile<T: Theirs>(tail: &Tail, mail: bool, policy: Policy, theirs: &T) -> Plan {
+pub fn reconcile(tail: &Tail, mail: bool, policy: Policy, theirs: &Theirs) -> Plan {
     let merging = mail && policy == Policy::Merge;
     let moves = if merging { folder_moves(tail) } else { BTreeMap::new() };
     let mut work = Reconciler { tail, theirs, moves, merged: BTreeSet::new(), plan: Plan::default() };
@@ -210,13 +199,13 @@ pub fn reconcile<T: Theirs>(tail: &Tail, mail: bool, policy: Policy, theirs: &T)
     plan
 }
 
-impl<'a, T: Theirs> Reconciler<'a, T> {
+impl<'a> Reconciler<'a> {
     fn at(&self, path: &RelPath) -> Option<&Found> {
-        self.theirs.find(&Ask::Path(path.clone()))
+        self.theirs.get(&Ask::Path(path.clone()))
     }
 
     fn message(&self, folder: &RelPath, unique: &[u8]) -> Option<&Found> {
-        self.theirs.find(&Ask::Message { folder: folder.clone(), unique: unique.to_vec() })
+        self.theirs.get(&Ask::Message { folder: folder.clone(), unique: unique.to_vec() })
     }
 
     fn item(&mut self, what: What, path: &RelPath, from: Option<&RelPath>, outcome: Outcome, merge: Option<Merge>) {
@@ -309,11 +298,10 @@ impl<'a, T: Theirs> Reconciler<'a, T> {
         let (mut went, mut came): (ByName<'a>, ByName<'a>) = (BTreeMap::new(), BTreeMap::new());
         for (path, change) in self.tail {
             let Some(name) = Name::of(path) else { continue };
-            let trashed = path.as_bytes().split(|byte| *byte == b'/').any(is_trash);
             let file = |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.hash().is_some());
             let (list, key) = match (file(&change.fork), file(&change.ours)) {
                 (true, false) if change.ours.is_none() => (&mut went, name.unique.clone()),
-                (false, true) if change.fork.is_none() && !trashed => (&mut came, name.unique.clone()),
+                (false, true) if change.fork.is_none() && !is_in_trash(path) => (&mut came, name.unique.clone()),
                 _ => continue, // Other bytes under one name: a file like others.
             };
             list.entry(key).or_default().push(Seen { path, name, change });

@@ -1,3 +1,5 @@
+//! Tables of what is decided: each case is a tail and the other node's store, written down as paths and texts.
+
 use std::collections::HashMap;
 
 use super::*;

@@ -80,6 +80,16 @@ impl World {
         }
     }
 
+    /// From `beta` to `alpha`, in order: what is then written on that one arrives.
+    #[track_caller]
+    pub fn switch_back(&self) {
+        self.ok(1, &["demote"]);
+        self.ok(0, &["promote"]);
+        self.deliver(0, "new/last", "on alpha again");
+        self.in_sync();
+        assert_eq!(self.holds(1, "new/last").as_deref(), Some("on alpha again"));
+    }
+
     /// Runs a command that must succeed.
     pub fn ok(&self, node: usize, words: &[&str]) {
         self.nodes[node].command(words).ok(&words.join(" "));

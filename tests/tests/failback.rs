@@ -163,11 +163,7 @@ fn failback_merges_what_only_the_old_primary_has() {
     }
 
     // And back.
-    world.ok(1, &["demote"]);
-    world.ok(0, &["promote"]);
-    world.deliver(0, "new/last", "on alpha again");
-    world.in_sync();
-    assert_eq!(world.holds(1, "new/last").as_deref(), Some("on alpha again"));
+    world.switch_back();
 }
 
 /// Both were promoted while they did not see each other, and both took mail.

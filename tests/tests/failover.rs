@@ -98,11 +98,7 @@ fn comes_back(power_cut: bool) {
     assert_eq!(world.rescued(1), []);
 
     // And back, without loss.
-    world.ok(1, &["demote"]);
-    world.ok(0, &["promote"]);
-    world.deliver(0, "new/last", "on alpha again");
-    world.in_sync();
-    assert_eq!(world.holds(1, "new/last").as_deref(), Some("on alpha again"));
+    world.switch_back();
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::admin::{self, AdminError, Request, Resync};
+use crate::admin::{self, Request, Resync};
 use crate::cli::{ResyncArgs, ResyncCommand, ResyncPolicy, ResyncWhat};
 use crate::config::Config;
 use crate::exit::ExitCode;
@@ -58,16 +58,7 @@ pub async fn run(args: &ResyncArgs, quiet: bool) -> Result<ExitCode, Failure> {
             }
             Ok(ExitCode::Ok)
         }
-        Err(AdminError::Refused { code, message }) => {
-            let exit = match code.as_str() {
-                "refused" => ExitCode::Refused,
-                "peer" => ExitCode::Peer,
-                "bad-arguments" => ExitCode::Usage,
-                _ => ExitCode::Failure,
-            };
-            Err(Failure::new(exit, message))
-        }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(super::switch::failure(error)),
     }
 }
 

@@ -25,15 +25,18 @@ pub async fn run(args: &SwitchArgs, ask: fn(Switch) -> Request, quiet: bool) -> 
             }
             Ok(ExitCode::Ok)
         }
-        Err(AdminError::Refused { code, message }) => {
-            let exit = match code.as_str() {
-                "refused" => ExitCode::Refused,
-                "peer" => ExitCode::Peer,
-                "bad-arguments" => ExitCode::Usage,
-                _ => ExitCode::Failure,
-            };
-            Err(Failure::new(exit, message))
-        }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(failure(error)),
     }
+}
+
+/// How a command about roles ends when the agent says no.
+pub(super) fn failure(error: AdminError) -> Failure {
+    let AdminError::Refused { code, message } = error else { return error.into() };
+    let exit = match code.as_str() {
+        "refused" => ExitCode::Refused,
+        "peer" => ExitCode::Peer,
+        "bad-arguments" => ExitCode::Usage,
+        _ => ExitCode::Failure,
+    };
+    Failure::new(exit, message)
 }

@@ -367,8 +367,8 @@ impl Server {
             (Some(known), Some(_)) if relation(known, hello) == Relation::Unrelated => {
                 Some("their histories have nothing in common".to_owned())
             }
-            (Some(_), Some(lent)) => {
-                let us = crate::resync::serve::Us { node: &self.node, incarnation: self.incarnation, known: &known_or(known.as_ref())? };
+            (Some(known), Some(lent)) => {
+                let us = crate::resync::serve::Us { node: &self.node, incarnation: self.incarnation, known };
                 let served = crate::resync::serve::serve(us, hello, lent.clone(), send, control).await;
                 served.err().map(|error| error.to_string())
             }
@@ -459,10 +459,6 @@ impl Server {
         served.handle.follow(state.lineage, state.epoch);
         Ok(())
     }
-}
-
-fn known_or(known: Option<&MirrorState>) -> Result<MirrorState, ServeError> {
-    known.cloned().ok_or(ServeError::Protocol("no such mirror"))
 }
 
 /// What a primary is told whose standby was primary before it.

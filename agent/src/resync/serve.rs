@@ -9,7 +9,6 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use twinbox_protocol::codec::check_entry;
 use twinbox_protocol::entry::Entry;
-use twinbox_protocol::ids::Lsn;
 use twinbox_protocol::msg::{Hello, PIECE_MAX, RefuseCode, Replica, ToPrimary, ToStandby, Welcome};
 use twinbox_protocol::rejoin::Merge;
 use twinbox_resync::node::MirrorState;
@@ -101,7 +100,6 @@ pub(crate) async fn serve(
         match message {
             ToStandby::Pull { since } => {
                 let (rows, mut batches) = mpsc::channel(4);
-                let since: Option<Lsn> = since;
                 let sent = tokio::spawn(step(store, move |store| {
                     crate::link::rows::send(store.manifest(), since, position, &rows).map(|_| ()).map_err(StoreError::from)
                 }));

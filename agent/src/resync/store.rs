@@ -193,15 +193,13 @@ impl Store {
 
     /// Makes a change; `bytes` are a message's.
     pub(super) fn merge(&mut self, merge: &Merge, bytes: Option<&File>) -> Result<Merged, StoreError> {
-        let target = match merge {
-            Merge::Dir { path, .. } | Merge::File { path, .. } => Some((path, matches!(merge, Merge::Dir { .. }))),
-            Merge::Message { folder, .. } | Merge::Flags { folder, .. } | Merge::Move { folder, .. } => Some((folder, true)),
-            Merge::Rename { to, .. } => Some((to, true)),
+        // A message may be in the root's own folder.
+        let (path, is_dir, in_root) = match merge {
+            Merge::File { path, .. } => (path, false, false),
+            Merge::Dir { path, .. } | Merge::Rename { to: path, .. } => (path, true, false),
+            Merge::Message { folder, .. } | Merge::Flags { folder, .. } | Merge::Move { folder, .. } => (folder, true, true),
         };
-        if target.is_some_and(|(path, is_dir)| {
-            path.is_root() && !matches!(merge, Merge::Message { .. } | Merge::Flags { .. } | Merge::Move { .. })
-                || self.selection.excludes(path.as_bytes(), is_dir)
-        }) {
+        if (path.is_root() && !in_root) || self.selection.excludes(path.as_bytes(), is_dir) {
             return Ok(kept("it is not mirrored on this node"));
         }
         // A temporary name is the directory's, not the writer's.

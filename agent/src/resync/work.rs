@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::fs as rfs;
@@ -606,7 +606,7 @@ impl Job {
         let dir = self.dir();
         let Some(stored) = self.stored()? else { return Err(self.refused("there is no plan that was applied")) };
         for part in ["redo", "staging"] {
-            gone(fs::remove_dir_all(dir.join(part)), &dir.join(part))?;
+            io(format!("removing {part} of an earlier time"), crate::switch::or_absent(fs::remove_dir_all(dir.join(part))))?;
         }
         let node = NodeState::open(&self.state_dir)?;
         let known = self.known()?;
@@ -622,12 +622,5 @@ fn policy_text(policy: Policy) -> &'static str {
     match policy {
         Policy::Merge => "merge",
         Policy::Rescue => "rescue",
-    }
-}
-
-fn gone(removed: std::io::Result<()>, path: &Path) -> Result<(), ResyncError> {
-    match removed {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => io(format!("removing {}", path.display()), Err(error)),
-        _ => Ok(()),
     }
 }
