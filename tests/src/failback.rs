@@ -64,7 +64,7 @@ impl Site {
         for _ in 0..count {
             let n = self.accepted.len();
             let message = mailload::message(&mut self.rng, n);
-            let user = self.rng.below(self.users.len());
+            let user = n % self.users.len(); // In turn: each has as many as the tail wants to take away.
             lmtp.deliver(&self.users[user..=user], &message)?;
             self.accepted.insert(n, message);
         }
