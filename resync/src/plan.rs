@@ -223,6 +223,9 @@ impl Planner<'_> {
                 if passed.iter().any(|other| from.is_within(other)) {
                     skipped("moved here from a name that is not known")?;
                     passed.push(to.clone());
+                } else if self.view.row(to)?.is_some_and(|row| row.entry.is_dir()) {
+                    // Nor was what lay below the new name, in a folder that is gone, compared with anything.
+                    return Err(PlanError::Rescan { path: to.clone(), why: "another directory had this name".into() });
                 }
                 continue;
             };

@@ -17,6 +17,7 @@ pub mod dovecot;
 pub mod failback;
 pub mod fence;
 pub mod fenced;
+pub mod folders;
 pub mod gate;
 pub mod imap;
 pub mod live;

@@ -538,6 +538,12 @@ impl DirtySets {
         }
     }
 
+    /// Whether a group has renames that are not committed.
+    #[must_use]
+    pub fn has_hints(&self, name: &[u8]) -> bool {
+        self.groups.get(name).is_some_and(|g| !g.hints.is_empty())
+    }
+
     /// Renames that are not committed.
     #[must_use]
     pub fn hint_count(&self) -> usize {

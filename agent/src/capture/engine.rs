@@ -460,7 +460,10 @@ impl Engine {
         // Defence in depth: watches follow directories through every race we know; a look at the mailbox afterwards costs its size, once, and
         // heals what we do not know.
         if self.session.is_some() && self.complete && self.scan.is_done() {
-            let due: Vec<Group> = self.rechecks.iter().filter(|(_, at)| **at <= now).map(|(group, _)| group.clone()).collect();
+            // Not while renames are under way to the rows: compared with the old name's, a directory hides what is left of an earlier one under its own.
+            let rests = |group: &Group| !self.sets.has_hints(group);
+            let due: Vec<Group> =
+                self.rechecks.iter().filter(|(group, at)| **at <= now && rests(group)).map(|(group, _)| group.clone()).collect();
             for group in due {
                 self.rechecks.remove(&group);
                 if let Ok(path) = RelPath::new(&group) {

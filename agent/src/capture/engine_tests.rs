@@ -570,6 +570,37 @@ fn a_users_directory_renamed_is_never_nowhere_though_it_is_compared_before_it_is
 }
 
 #[test]
+fn what_lay_in_a_deleted_folder_is_not_in_the_one_renamed_to_its_name() {
+    for watched in [true, false] {
+        let mut rig = started(&["u", "u/F"]);
+        fs::write(rig.root.join("u/F/old"), b"mail").unwrap();
+        rig.settle();
+        let trash = || {
+            fs::rename(rig.root.join("u/F"), rig.root.join("u/trash")).unwrap();
+            fs::remove_dir_all(rig.root.join("u/trash")).unwrap();
+        };
+        if watched {
+            trash();
+        } else {
+            trash();
+            rig.disconnect();
+            rig.engine.boundary().unwrap();
+            rig.engine.sets.clear();
+            rig.engine.compare = true;
+        }
+        fs::create_dir(rig.root.join("u/X")).unwrap();
+        fs::write(rig.root.join("u/X/new"), b"other mail").unwrap();
+        fs::rename(rig.root.join("u/X"), rig.root.join("u/F")).unwrap();
+        if !watched {
+            rig.connect();
+        }
+        rig.settle();
+        assert!(rig.has("u/F/new") && !rig.has("u/F/old"), "watched: {watched}");
+        rig.check();
+    }
+}
+
+#[test]
 fn a_users_directory_renamed_while_nobody_watched_is_never_nowhere() {
     for (from, to) in [("a", "c"), ("c", "a")] {
         let mut rig = started(&[from]);

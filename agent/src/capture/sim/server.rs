@@ -257,9 +257,16 @@ impl Server {
                 let to = self.rng.pick(&dirs).unwrap_or_default();
                 self.rename(&dir, &to); // Over it, if that is empty.
             }
-            16 => self.rename(&dir, &format!("{group}/d{n}")),
+            // Folders come again under the names of others.
+            16 => self.rename(&dir, &format!("{group}/d{}", n % 5)),
+            17 if self.rng.one_in(2) => self.mkdir(&format!("{group}/d{}", n % 5)),
             17 => self.mkdir(&format!("{dir}/d{n}")),
-            18 if self.rng.one_in(3) => self.remove(&dir),
+            18 if self.rng.one_in(3) => {
+                // As mail servers do it.
+                let trash = format!("{group}/trash");
+                self.rename(&dir, &trash);
+                self.remove(&trash);
+            }
             18 => {
                 let link = format!("{dir}/l{n}");
                 // What changes in place has one name: see ARCHITECTURE, Open defects.
