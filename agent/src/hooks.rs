@@ -4,6 +4,7 @@
 //! Does not decide what a failure means: that is the caller's.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -38,11 +39,13 @@ pub enum Hook {
     OnDiverged,
     /// Changes do not get on.
     OnStall,
+    /// A node that comes back has mail that only this node's mail server can take in.
+    Merge,
 }
 
 impl Hook {
     /// All, in the order they are explained.
-    pub const ALL: [Hook; 8] = [
+    pub const ALL: [Hook; 9] = [
         Hook::PrePromote,
         Hook::PostPromote,
         Hook::PreDemote,
@@ -51,6 +54,7 @@ impl Hook {
         Hook::OnProtected,
         Hook::OnDiverged,
         Hook::OnStall,
+        Hook::Merge,
     ];
 
     /// Its key in `[hooks]`, and `TWINBOX_HOOK`.
@@ -65,6 +69,7 @@ impl Hook {
             Hook::OnProtected => "on_protected",
             Hook::OnDiverged => "on_diverged",
             Hook::OnStall => "on_stall",
+            Hook::Merge => "merge",
         }
     }
 }
@@ -142,10 +147,43 @@ impl Hooks {
     /// [`HookError`].
     pub async fn run(&self, hook: Hook, about: &About) -> Result<(), HookError> {
         let Some(program) = self.programs.get(&hook) else { return Ok(()) };
-        let (name, owned) = (hook.as_str(), program.clone());
-        tracing::info!(hook = name, mirror = %about.mirror, program = %program.display(), "hook begins");
-        let mut child =
-            command(program, name, about).spawn().map_err(|source| HookError::Start { hook: name, program: owned.clone(), source })?;
+        let environment = [
+            ("TWINBOX_NODE", about.node.as_str().into()),
+            ("TWINBOX_MIRROR", about.mirror.as_str().into()),
+            ("TWINBOX_ROOT", about.root.as_os_str().to_owned()),
+            ("TWINBOX_ROLE", about.role.as_str().into()),
+            ("TWINBOX_REASON", about.reason.as_str().into()),
+        ];
+        Tool { program: program.clone(), timeout: self.timeout }.run(hook, &environment).await
+    }
+
+    /// The program of a hook that is told more than others.
+    #[must_use]
+    pub fn tool(&self, hook: Hook) -> Option<Tool> {
+        Some(Tool { program: self.programs.get(&hook)?.clone(), timeout: self.timeout })
+    }
+}
+
+/// A program, and how long it may take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tool {
+    program: PathBuf,
+    timeout: Duration,
+}
+
+impl Tool {
+    /// Runs it to its end.
+    ///
+    /// # Errors
+    /// [`HookError`].
+    pub async fn run(&self, hook: Hook, environment: &[(&str, OsString)]) -> Result<(), HookError> {
+        let (name, program, owned) = (hook.as_str(), &self.program, self.program.clone());
+        tracing::info!(hook = name, program = %program.display(), "hook begins");
+        let mut child = command(program, name, environment).spawn().map_err(|source| HookError::Start {
+            hook: name,
+            program: owned.clone(),
+            source,
+        })?;
         let group = child.id();
         let output =
             [child.stdout.take().map(|out| tokio::spawn(log(name, out))), child.stderr.take().map(|out| tokio::spawn(log(name, out)))];
@@ -164,7 +202,7 @@ impl Hooks {
             Err(_) => Err(HookError::TooLong { hook: name, program: owned, limit: self.timeout }),
             Ok(Err(source)) => Err(HookError::Start { hook: name, program: owned, source }),
             Ok(Ok(status)) if status.success() => {
-                tracing::info!(hook = name, mirror = %about.mirror, "hook is through");
+                tracing::info!(hook = name, "hook is through");
                 Ok(())
             }
             Ok(Ok(status)) => Err(HookError::Failed { hook: name, program: owned, status }),
@@ -172,15 +210,11 @@ impl Hooks {
     }
 }
 
-fn command(program: &Path, hook: &str, about: &About) -> Command {
+fn command(program: &Path, hook: &str, environment: &[(&str, OsString)]) -> Command {
     let mut command = Command::new(program);
     command
         .env("TWINBOX_HOOK", hook)
-        .env("TWINBOX_NODE", &about.node)
-        .env("TWINBOX_MIRROR", &about.mirror)
-        .env("TWINBOX_ROOT", &about.root)
-        .env("TWINBOX_ROLE", &about.role)
-        .env("TWINBOX_REASON", &about.reason)
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

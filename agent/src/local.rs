@@ -124,6 +124,7 @@ impl LocalPair {
             adopt: spec.adopt,
             sweep: None,
             fuzzy_after: None,
+            tool: std::sync::Arc::default(),
         };
         let bounds = Bounds::default();
         let peer = PeerSpec { node: "standby".into(), addresses: vec![addr], fingerprint: sk.fingerprint() };

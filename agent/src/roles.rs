@@ -52,7 +52,12 @@ pub struct MirrorSpec {
     pub sweep: Option<Duration>,
     /// Send a group that could not be cut for this long as it is read.
     pub fuzzy_after: Option<Duration>,
+    /// What has the mail server take in what only it can; as the configuration says now.
+    pub tool: SharedTool,
 }
+
+/// May be given another one while it runs.
+pub type SharedTool = Arc<std::sync::RwLock<Option<crate::hooks::Tool>>>;
 
 /// The other node.
 #[derive(Clone, PartialEq, Eq)]
@@ -373,6 +378,9 @@ impl Roles {
             root: p.spec.root.clone(),
             mirror_dir: mirror_dir(state_dir, &p.spec.name),
             selection: p.spec.selection.clone(),
+            grouping: p.spec.grouping.clone(),
+            name: p.spec.name.clone(),
+            tool: p.spec.tool.clone(),
             alone: Arc::default(),
         };
         let lent = self.primaries.iter().map(|p| (p.spec.name.clone(), lent(p))).collect();

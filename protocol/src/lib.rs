@@ -23,4 +23,4 @@ pub mod rejoin;
 /// - 1: first version.
 /// - 2: histories travel with the hello.
 /// - 3: a node that was primary asks the one promoted after it ([`rejoin`]).
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;

@@ -71,6 +71,8 @@ pub struct Changes {
     /// Some of them.
     #[serde(deserialize_with = "crate::bounded::seq::<_, _, FIRST_MAX>")]
     pub first: Vec<(Differs, RelPath)>,
+    /// It has a program for what only its mail server can do ([`Merge::Server`]).
+    pub has_program: bool,
 }
 
 /// A change of the returning node that is made on the other one too. Each can be repeated.
@@ -139,6 +141,69 @@ pub enum Merge {
         /// Where nothing is.
         to: RelPath,
     },
+    /// Have its mail server do something, by the operator's program: the formats of which it keeps the index.
+    Server {
+        /// Directory of somebody's mailboxes.
+        owner: RelPath,
+        /// What.
+        task: Task,
+    },
+}
+
+/// Something that only a mail server can do. Mailboxes are named as on disk, relative to where they all are.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Task {
+    /// Take in a message unless it is there. Its bytes follow.
+    Import {
+        /// Into which mailbox.
+        mailbox: RelPath,
+        /// Its flags.
+        #[serde(deserialize_with = "flags")]
+        flags: Flags,
+        /// Size and hash of the bytes that follow; owner; when it was received.
+        entry: Entry,
+    },
+    /// Set and clear flags of a message that both had.
+    Flags {
+        /// Where it is.
+        at: Place,
+        /// To be set.
+        #[serde(deserialize_with = "flags")]
+        set: Flags,
+        /// To be cleared.
+        #[serde(deserialize_with = "flags")]
+        clear: Flags,
+    },
+    /// Move a message that both had.
+    Move {
+        /// Where it is.
+        at: Place,
+        /// Into which mailbox.
+        to: RelPath,
+    },
+    /// Give a mailbox another name.
+    Rename {
+        /// Its name.
+        mailbox: RelPath,
+        /// A name that is free.
+        to: RelPath,
+    },
+    /// Make a mailbox unless it is there.
+    Create {
+        /// Its name.
+        mailbox: RelPath,
+    },
+}
+
+/// A message by its number.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Place {
+    /// Its mailbox.
+    pub mailbox: RelPath,
+    /// Which index that mailbox had at the fork: another one of its name has another.
+    pub index: u32,
+    /// Its UID.
+    pub uid: u32,
 }
 
 /// What came of it.

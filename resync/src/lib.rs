@@ -4,6 +4,7 @@
 //! memory, the same on both nodes; [`plan`] turns what was observed into ops; [`redo`] is the standby's write-ahead log; [`node`] holds roles and generations;
 //! [`reconcile`] decides what becomes of what a returning primary has alone, [`mailname`] reads names of messages.
 
+pub mod boxes;
 pub mod mailname;
 pub mod manifest;
 pub mod node;

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
-use twinbox_protocol::rejoin::{Ask, Flags, Found, Merge};
+use twinbox_protocol::rejoin::{Ask, Flags, Found, Merge, Task};
 
+use crate::boxes;
 use crate::mailname::{Name, is_the_servers_own};
 
 /// How a path of the returning node differs from the fork.
@@ -102,6 +103,30 @@ pub struct Item {
     pub outcome: Outcome,
     /// How it is made on the other node.
     pub merge: Option<Merge>,
+    /// Where the message is that goes with it, if that is not the file `path`.
+    pub part: Option<Part>,
+}
+
+/// A message within a file.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Part {
+    /// The file.
+    pub file: RelPath,
+    /// Its bytes there.
+    pub bytes: std::ops::Range<u64>,
+    /// Content of a file that has nothing else that is wanted: with its message on the other node nobody needs it.
+    pub whole: Option<ContentHash>,
+}
+
+/// What is known of a store.
+#[derive(Clone, Copy, Debug)]
+pub enum Mail<'a> {
+    /// Files.
+    None,
+    /// A Maildir.
+    Maildir,
+    /// Formats of which the mail server keeps the index: what was found in its files.
+    Boxes(&'a [Item]),
 }
 
 /// What is to be done.
@@ -121,7 +146,8 @@ pub struct Plan {
 pub type Theirs = HashMap<Ask, Found>;
 
 /// Folders that were given another name: new name ▶ old one.
-fn folder_moves(tail: &Tail) -> BTreeMap<&RelPath, &RelPath> {
+#[must_use]
+pub fn folder_moves(tail: &Tail) -> BTreeMap<&RelPath, &RelPath> {
     let gone = |path: &RelPath| tail.get(path).is_some_and(|change| change.ours.is_none());
     let moves: BTreeMap<&RelPath, &RelPath> = tail
         .iter()
@@ -142,7 +168,8 @@ fn is_in_trash(path: &RelPath) -> bool {
 }
 
 /// Where a path was before the folders were moved.
-fn before(moves: &BTreeMap<&RelPath, &RelPath>, path: &RelPath) -> Option<RelPath> {
+#[must_use]
+pub fn before(moves: &BTreeMap<&RelPath, &RelPath>, path: &RelPath) -> Option<RelPath> {
     std::iter::successors(Some(path.clone()), RelPath::parent).find_map(|dir| path.rebase(&dir, moves.get(&dir)?))
 }
 
@@ -168,6 +195,8 @@ struct Reconciler<'a> {
     moves: BTreeMap<&'a RelPath, &'a RelPath>,
     /// Of those, the ones that the other node takes over.
     merged: BTreeSet<RelPath>,
+    /// What makes a directory a folder.
+    mark: &'static [u8],
     plan: Plan,
 }
 
@@ -181,17 +210,25 @@ struct Seen<'a> {
 /// Messages by their unique names.
 type ByName<'a> = BTreeMap<Vec<u8>, Vec<Seen<'a>>>;
 
-/// Decides. `mail`: the store is a Maildir; else nothing but files is known.
+/// Decides.
 #[must_use]
-pub fn reconcile(tail: &Tail, mail: bool, policy: Policy, theirs: &Theirs) -> Plan {
-    let merging = mail && policy == Policy::Merge;
-    let moves = if merging { folder_moves(tail) } else { BTreeMap::new() };
-    let mut work = Reconciler { tail, theirs, moves, merged: BTreeSet::new(), plan: Plan::default() };
-    if merging {
-        work.folders();
-        work.messages();
+pub fn reconcile(tail: &Tail, mail: Mail<'_>, policy: Policy, theirs: &Theirs) -> Plan {
+    let mail = if policy == Policy::Merge { mail } else { Mail::None };
+    let moves = if let Mail::None = mail { BTreeMap::new() } else { folder_moves(tail) };
+    let mark: &[u8] = if let Mail::Boxes(_) = mail { boxes::MAILS } else { b"cur" };
+    let mut work = Reconciler { tail, theirs, moves, merged: BTreeSet::new(), mark, plan: Plan::default() };
+    match mail {
+        Mail::None => {}
+        Mail::Maildir => {
+            work.folders();
+            work.messages();
+        }
+        Mail::Boxes(items) => {
+            work.folders();
+            work.boxed(items);
+        }
     }
-    work.files(merging);
+    work.files(mail);
     let Reconciler { mut plan, .. } = work;
     plan.items.sort_by(|a, b| (a.what, &a.path).cmp(&(b.what, &b.path)));
     plan.rescue.sort();
@@ -212,21 +249,24 @@ impl<'a> Reconciler<'a> {
         if matches!(outcome, Outcome::Rescue { .. }) {
             self.plan.rescue.push(path.clone());
         }
-        self.plan.items.push(Item { what, path: path.clone(), from: from.cloned(), outcome, merge });
+        self.plan.items.push(Item { what, path: path.clone(), from: from.cloned(), outcome, merge, part: None });
     }
 
     fn is_folder(&self, dir: &RelPath, fork: bool) -> bool {
         let side = |change: &'a Change| if fork { change.fork.as_ref() } else { change.ours.as_ref() };
-        dir.join(b"cur").and_then(|cur| self.tail.get(&cur)).and_then(side).is_some_and(Entry::is_dir)
+        dir.join(self.mark).and_then(|mark| self.tail.get(&mark)).and_then(side).is_some_and(Entry::is_dir)
     }
 
     fn folders(&mut self) {
         for (to, from) in self.moves.clone() {
             let (outcome, merge) = match (self.at(from), self.at(to)) {
-                (Some(there), None) if there.entry.is_dir() => {
-                    self.merged.insert(to.clone());
-                    (Outcome::Merge, Some(Merge::Rename { from: from.clone(), to: to.clone() }))
-                }
+                (Some(there), None) if there.entry.is_dir() => match self.rename(from, to) {
+                    Some(merge) => {
+                        self.merged.insert(to.clone());
+                        (Outcome::Merge, Some(merge))
+                    }
+                    None => (stays("it went from one user to another: its mail is where that node has it"), None),
+                },
                 (None, Some(there)) if there.entry.is_dir() => {
                     self.merged.insert(to.clone());
                     (Outcome::Already, None)
@@ -248,12 +288,16 @@ impl<'a> Reconciler<'a> {
             }
         }
         for path in new {
-            self.dirs(path);
-            for part in [b"cur", b"new", b"tmp"] {
-                path.join(part).into_iter().for_each(|part| self.dirs(&part));
-            }
             let there = self.at(path).is_some();
-            self.item(What::Folder, path, None, if there { Outcome::Already } else { Outcome::Merge }, None);
+            let merge = boxes::place(path).map(|(owner, mailbox)| Merge::Server { owner, task: Task::Create { mailbox } });
+            let merge = merge.filter(|_| self.by_server() && !there);
+            if !self.by_server() {
+                self.dirs(path);
+                for part in [b"cur", b"new", b"tmp"] {
+                    path.join(part).into_iter().for_each(|part| self.dirs(&part));
+                }
+            }
+            self.item(What::Folder, path, None, if there { Outcome::Already } else { Outcome::Merge }, merge);
         }
         for path in gone {
             let outcome = match self.at(path) {
@@ -261,6 +305,33 @@ impl<'a> Reconciler<'a> {
                 Some(_) => stays("deletions are not repeated: mail comes back rather than vanishes"),
             };
             self.item(What::FolderDeletion, path, None, outcome, None);
+        }
+    }
+
+    /// Only the mail server may change anything.
+    fn by_server(&self) -> bool {
+        self.mark != b"cur"
+    }
+
+    fn rename(&self, from: &RelPath, to: &RelPath) -> Option<Merge> {
+        if !self.by_server() {
+            return Some(Merge::Rename { from: from.clone(), to: to.clone() });
+        }
+        let ((owner, mailbox), (other, to)) = (boxes::place(from)?, boxes::place(to)?);
+        (owner == other).then_some(Merge::Server { owner, task: Task::Rename { mailbox, to } })
+    }
+
+    /// What the mail server's files say; folders are told already.
+    fn boxed(&mut self, items: &[Item]) {
+        for item in items {
+            let mut item = item.clone();
+            if item.what == What::Deletion && self.at(&item.path).is_none() && boxes::is_message(&item.path) {
+                item.outcome = Outcome::Already;
+            }
+            if matches!(item.outcome, Outcome::Rescue { .. }) {
+                self.plan.rescue.push(item.part.as_ref().map_or_else(|| item.path.clone(), |part| part.file.clone()));
+            }
+            self.plan.items.push(item);
         }
     }
 
@@ -419,19 +490,22 @@ impl<'a> Reconciler<'a> {
     }
 
     /// Everything that is no message or folder, or that nobody may merge.
-    fn files(&mut self, merging: bool) {
+    fn files(&mut self, mail: Mail<'_>) {
+        let merging = !matches!(mail, Mail::None);
+        let is_message = |path: &RelPath| matches!(mail, Mail::Maildir) && Name::of(path).is_some();
+        let is_own = |path: &RelPath| is_the_servers_own(path) || (matches!(mail, Mail::Boxes(_)) && boxes::is_the_servers_own(path));
         let mut done: BTreeSet<RelPath> = self.plan.items.iter().map(|item| item.path.clone()).collect();
         if merging {
             // Messages that were told together with another name, and what came along.
             done.extend(self.plan.items.iter().filter_map(|item| item.from.clone()));
         }
         for (path, change) in self.tail {
-            let of_message = merging && Name::of(path).is_some() && (change.fork.is_none() || change.ours.is_none());
+            let of_message = is_message(path) && (change.fork.is_none() || change.ours.is_none());
             let dir = |entry: &Option<Entry>| entry.as_ref().is_none_or(Entry::is_dir);
             if done.contains(path) || of_message || (dir(&change.fork) && dir(&change.ours)) {
                 continue;
             }
-            let own = is_the_servers_own(path);
+            let own = is_own(path);
             let ours = change.ours.as_ref().filter(|entry| !entry.is_dir());
             let there = self.at(path).map(|found| found.entry.kind.clone());
             let there = there.as_ref();

@@ -70,7 +70,7 @@ impl World {
     }
 
     fn plan(&self) -> Plan {
-        reconcile(&self.tail, true, Policy::Merge, &self.theirs)
+        reconcile(&self.tail, Mail::Maildir, Policy::Merge, &self.theirs)
     }
 
     fn told(&self) -> Vec<String> {
@@ -157,8 +157,8 @@ fn what_is_no_mail_is_the_winners() {
     assert_eq!(world.told(), ["File a/gone stays", "File a/notes rescue", "File a/same already", "File a/sieve rescue"]);
     let plan = world.plan();
     assert_eq!((plan.rescue, plan.own), (vec![p("a/M/dovecot.index.log"), p("a/notes"), p("a/sieve")], 1));
-    let nothing = reconcile(&world.tail, true, Policy::Rescue, &world.theirs);
+    let nothing = reconcile(&world.tail, Mail::Maildir, Policy::Rescue, &world.theirs);
     assert!(nothing.items.iter().all(|item| item.merge.is_none()));
-    let other = reconcile(&World::default().came("a/M/new/1", "x").tail, false, Policy::Merge, &HashMap::<Ask, Found>::new());
+    let other = reconcile(&World::default().came("a/M/new/1", "x").tail, Mail::None, Policy::Merge, &HashMap::<Ask, Found>::new());
     assert!(matches!(other.items[0].outcome, Outcome::Rescue { .. }), "of another layout nothing is merged");
 }

@@ -91,8 +91,8 @@ impl Drop for End<'_> {
 }
 
 /// Users whose mailboxes are read after each kill of many, and everybody's after each [`ALL_EVERY`]th: a replica of many messages takes longer to read than the time between two kills.
-const READ: usize = 4;
-const ALL_EVERY: usize = 20;
+const READ: usize = 2;
+const ALL_EVERY: usize = 50;
 
 /// A Dovecot under load whose mirror's standby is killed `kills` times in `time`: a second Dovecot on a copy of each recovered replica must find nothing wrong. Gives the messages it showed each time, and
 /// of how many users.

@@ -120,6 +120,12 @@ impl Dovecot {
         self.lmtp
     }
 
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.scratch.join("dovecot.conf")
+    }
+
     /// What it has logged.
     #[must_use]
     pub fn log(&self) -> String {

@@ -2,8 +2,10 @@
 //! resynced, and takes over again. Every message that either server ever accepted must be readable on both nodes, once.
 
 use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -49,14 +51,29 @@ impl Site {
     pub fn new(layout: Layout) -> Self {
         let scratch = Scratch::new(&format!("failback-{}", layout.name()));
         let trees = [dovecot::store(&scratch, "alpha-store"), scratch.dir("beta-store")];
-        let (pair, cable) = Pair::over_cable(scratch.path(), &trees[0], &trees[1], layout);
+        let (mut pair, cable) = Pair::over_cable(scratch.path(), &trees[0], &trees[1], layout);
+        // As shipped, with the doveadm of whichever Dovecot is running.
+        let program = scratch.join("merge");
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/hooks/merge-dovecot");
+        let text =
+            format!("#!/bin/sh\nDOVEADM=\"doveadm -c $(cat {})\" exec {}\n", scratch.join("dovecot-config").display(), shipped.display());
+        fs::write(&program, text).expect("a file of the test");
+        fs::set_permissions(&program, Permissions::from_mode(0o755)).expect("a file of the test");
+        for node in [&mut pair.primary, &mut pair.standby] {
+            let mut config = fs::read_to_string(&node.config).expect("a configuration");
+            config += &format!("\n[hooks]\nmerge = \"{}\"\n", program.display());
+            fs::write(&node.config, config).expect("a file of the test");
+            node.command(&["reload"]).ok("reload");
+        }
         let rng = Rng::part(Seed::from_env().0, 811);
         let users = dovecot::users(USERS);
         Site { layout, trees, pair, cable, scratch, users, accepted: BTreeMap::new(), rng }
     }
 
     fn serve(&self, node: usize) -> Dovecot {
-        Dovecot::start(&self.trees[node], self.layout)
+        let server = Dovecot::start(&self.trees[node], self.layout);
+        fs::write(self.scratch.join("dovecot-config"), server.config().display().to_string()).expect("a file of the test");
+        server
     }
 
     fn deliver(&mut self, server: &Dovecot, count: usize) -> io::Result<()> {

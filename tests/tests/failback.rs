@@ -285,3 +285,13 @@ fn with_dovecot(layout: Layout) {
 fn failback_maildir() {
     with_dovecot(Layout::Maildir);
 }
+
+#[test]
+fn failback_sdbox() {
+    with_dovecot(Layout::Sdbox);
+}
+
+#[test]
+fn failback_mdbox() {
+    with_dovecot(Layout::Mdbox);
+}

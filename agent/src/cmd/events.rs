@@ -66,6 +66,7 @@ mod tests {
             adopt: false,
             sweep: None,
             fuzzy_after: None,
+            tool: std::sync::Arc::default(),
         };
         let history = twinbox_resync::node::MirrorState {
             mirror_id: twinbox_protocol::ids::MirrorId([0; 16]),

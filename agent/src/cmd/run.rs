@@ -52,6 +52,7 @@ pub(super) fn mirrors(config: &Config, adopt: &[String]) -> Vec<MirrorSpec> {
         adopt: adopt.iter().any(|name| name == mirror.name.as_str()),
         sweep: (!mirror.sweep_interval.is_zero()).then_some(mirror.sweep_interval),
         fuzzy_after: mirror.fuzzy_after,
+        tool: Arc::new(std::sync::RwLock::new(config.hooks.tool(Hook::Merge))),
     };
     config.mirrors.iter().map(spec).collect()
 }
@@ -113,7 +114,10 @@ impl Agent {
         for known in self.specs.write().unwrap_or_else(PoisonError::into_inner).iter_mut() {
             // Roots and layouts want a restart of the process.
             if let Some(new) = specs.iter().find(|new| new.name == known.name && new.root == known.root && new.layout == known.layout) {
-                *known = new.clone();
+                // Where it is used already it is another one from now on.
+                let tool = known.tool.clone();
+                *tool.write().unwrap_or_else(PoisonError::into_inner) = config.hooks.tool(Hook::Merge);
+                *known = MirrorSpec { tool, ..new.clone() };
             }
         }
         *self.hooks.write().unwrap_or_else(PoisonError::into_inner) = config.hooks.clone();

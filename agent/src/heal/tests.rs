@@ -732,6 +732,7 @@ fn need_follows_the_mark() {
         adopt: false,
         sweep: None,
         fuzzy_after: None,
+        tool: std::sync::Arc::default(),
     };
     let is_needed = |force| need("a", dir.path(), spec.clone(), force).unwrap().is_some();
     assert!(!is_needed(true), "nothing is known of the mirror");

@@ -76,6 +76,9 @@ impl Back {
             root: self.spec.root.clone(),
             mirror_dir: mirror_dir(&self.state_dir, &self.spec.name),
             selection: self.spec.selection.clone(),
+            grouping: self.spec.grouping.clone(),
+            name: self.spec.name.clone(),
+            tool: self.spec.tool.clone(),
             alone: Arc::default(),
         };
         let done = Store::open(&lent).and_then(|mut store| store.merge(&merge, Some(&file)));

@@ -4,7 +4,9 @@
 //! `store` looks at the store and changes it; [`back`] gives back what is kept. The decisions are [`twinbox_resync::reconcile`]'s.
 
 pub mod back;
+mod boxes;
 mod keywords;
+mod program;
 mod remote;
 mod report;
 pub mod serve;

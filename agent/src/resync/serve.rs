@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use twinbox_protocol::codec::check_entry;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::msg::{Hello, PIECE_MAX, RefuseCode, Replica, ToPrimary, ToStandby, Welcome};
-use twinbox_protocol::rejoin::Merge;
+use twinbox_protocol::rejoin::{Merge, Task};
 use twinbox_resync::node::MirrorState;
 
 pub use super::store::Lent;
@@ -119,13 +119,18 @@ pub(crate) async fn serve(
                 write_frame(send, &ToPrimary::Changed(Box::new(changes))).await?;
             }
             ToStandby::Merge(merge) => {
-                if let Merge::Message { entry, .. } | Merge::File { entry, .. } | Merge::Dir { entry, .. } = &*merge
+                if let Merge::Message { entry, .. }
+                | Merge::File { entry, .. }
+                | Merge::Dir { entry, .. }
+                | Merge::Server { task: Task::Import { entry, .. }, .. } = &*merge
                     && (check_entry(entry).is_err() || entry.size() > CONTENT_MAX)
                 {
                     return Err(ServeError::Protocol("an entry that cannot be"));
                 }
                 let bytes = match &*merge {
-                    Merge::Message { entry, .. } | Merge::File { entry, .. } => Some(receive(entry, &spool, control).await?),
+                    Merge::Message { entry, .. } | Merge::File { entry, .. } | Merge::Server { task: Task::Import { entry, .. }, .. } => {
+                        Some(receive(entry, &spool, control).await?)
+                    }
                     _ => None,
                 };
                 let merged;

@@ -23,8 +23,10 @@ use twinbox_resync::rows::Rows;
 use twinbox_resync::schema::StateError;
 
 use super::keywords::Keywords;
+use super::program::Program;
 use super::tail::{TailError, differences, look, unread};
-use crate::layout::Selection;
+use crate::layout::{Grouping, Selection};
+use crate::roles::SharedTool;
 use crate::standby::replica::{Bytes, Over, Replica};
 use crate::tree::{self, Root};
 
@@ -37,6 +39,12 @@ pub struct Lent {
     pub mirror_dir: PathBuf,
     /// What of it is mirrored.
     pub selection: Selection,
+    /// How paths fall into groups.
+    pub grouping: Grouping,
+    /// The mirror.
+    pub name: String,
+    /// What has the mail server take in what only it can.
+    pub tool: SharedTool,
     /// Held by the one node that may change it.
     pub alone: Arc<tokio::sync::Mutex<()>>,
 }
@@ -78,6 +86,7 @@ pub(super) struct Store {
     keywords: Keywords,
     /// As they were listed when first asked for, and changed here since: nobody else brings the names that are asked for.
     folders: HashMap<RelPath, Folder>,
+    program: Program,
 }
 
 impl Store {
@@ -85,7 +94,14 @@ impl Store {
         let mut replica = Replica::new(Root::open(&lent.root).map_err(StoreError::Root)?);
         (replica.synced, replica.over) = (true, Over::Nothing);
         let manifest = Manifest::open(&lent.mirror_dir.join("manifest.db"), false)?;
-        Ok(Store { replica, manifest, selection: lent.selection.clone(), keywords: Keywords::default(), folders: HashMap::new() })
+        Ok(Store {
+            replica,
+            manifest,
+            selection: lent.selection.clone(),
+            keywords: Keywords::default(),
+            folders: HashMap::new(),
+            program: Program::new(lent),
+        })
     }
 
     /// The rows as they were at the fork; nobody follows, so they are as they were.
@@ -170,7 +186,7 @@ impl Store {
 
     /// What has changed since the fork.
     pub(super) fn changes(&mut self) -> Result<Changes, StoreError> {
-        let mut changes = Changes::default();
+        let mut changes = Changes { has_program: self.program.is_there(), ..Changes::default() };
         let (all, _) = differences(&self.manifest, &self.replica.root, &self.selection, true, &mut |_| {})?;
         for (path, it) in all {
             let dir = |entry: Option<&Entry>| entry.is_some_and(Entry::is_dir);
@@ -198,6 +214,7 @@ impl Store {
             Merge::File { path, .. } => (path, false, false),
             Merge::Dir { path, .. } | Merge::Rename { to: path, .. } => (path, true, false),
             Merge::Message { folder, .. } | Merge::Flags { folder, .. } | Merge::Move { folder, .. } => (folder, true, true),
+            Merge::Server { owner, .. } => (owner, true, true),
         };
         if (path.is_root() && !in_root) || self.selection.excludes(path.as_bytes(), is_dir) {
             return Ok(kept("it is not mirrored on this node"));
@@ -223,6 +240,7 @@ impl Store {
             }
             Merge::File { path, entry } => self.file(path, entry, bytes),
             Merge::Rename { from, to } => self.rename_folder(from, to),
+            Merge::Server { owner, task } => self.program.run(&self.replica.root, &self.manifest, owner, task, bytes),
         }
     }
 
@@ -371,6 +389,6 @@ impl Store {
     }
 }
 
-fn kept(why: &str) -> Merged {
+pub(super) fn kept(why: &str) -> Merged {
     Merged::Kept { why: why.into() }
 }

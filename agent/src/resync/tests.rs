@@ -13,7 +13,7 @@ use twinbox_protocol::path::RelPath;
 use twinbox_protocol::rejoin::{Changes, Merge, Merged};
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::node::{MirrorState, NodeState, Role};
-use twinbox_resync::reconcile::{Outcome, Plan, Policy, What, questions, reconcile};
+use twinbox_resync::reconcile::{Mail, Outcome, Plan, Policy, What, questions, reconcile};
 use twinbox_resync::rows::{Row, Rows};
 
 use super::store::{Lent, Store};
@@ -179,6 +179,9 @@ impl Rig {
             root: self.theirs(),
             mirror_dir: self.dir.path().join("them"),
             selection: Selection::new(Layout::Maildir, vec![]),
+            grouping: Grouping::new(vec![]),
+            name: "mail".into(),
+            tool: std::sync::Arc::default(),
             alone: std::sync::Arc::default(),
         };
         Store::open(&lent).unwrap()
@@ -197,6 +200,7 @@ impl Rig {
             adopt: false,
             sweep: None,
             fuzzy_after: None,
+            tool: std::sync::Arc::default(),
         };
         let job = Job { node: "alpha".into(), spec, state_dir: dir.path().join("us"), winner: None, policy: Policy::Merge };
         let rig = Rig { dir, job };
@@ -233,8 +237,8 @@ impl Rig {
         let asks = questions(&tail);
         let theirs: std::collections::HashMap<_, _> =
             asks.into_iter().filter_map(|ask| Some((ask.clone(), store.find(&ask).unwrap()?))).collect();
-        let plan = reconcile(&tail, true, Policy::Merge, &theirs);
-        assert_eq!(plan, reconcile(&tail, true, Policy::Merge, &theirs), "the same again");
+        let plan = reconcile(&tail, Mail::Maildir, Policy::Merge, &theirs);
+        assert_eq!(plan, reconcile(&tail, Mail::Maildir, Policy::Merge, &theirs), "the same again");
         plan
     }
 

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -17,13 +18,14 @@ use twinbox_protocol::ids::{ContentHash, Epoch, Incarnation, Lsn};
 use twinbox_protocol::lineage::{Lineage, Meeting, Relation, Side, meet, relate};
 use twinbox_protocol::msg::{Hello, Position, Replica as Holding, Welcome};
 use twinbox_protocol::path::RelPath;
-use twinbox_protocol::rejoin::{Changes, Merge, Merged};
+use twinbox_protocol::rejoin::{Changes, Merge, Merged, Task};
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::node::{MirrorState, NodeState, Role};
-use twinbox_resync::reconcile::{Item, Outcome, Plan, Policy, What, questions, reconcile};
+use twinbox_resync::reconcile::{Item, Mail, Outcome, Plan, Policy, What, questions, reconcile};
 use twinbox_resync::rows::{Row, RowError, Rows};
 use twinbox_resync::schema::StateError;
 
+use super::boxes;
 use super::remote::Remote;
 pub use super::remote::RemoteError;
 use super::report;
@@ -366,7 +368,20 @@ impl Job {
         // A state that was put back from a copy does not know what it did after that: its flags and folders may be old ones.
         let older = known.reserved < fork.lsn && other.since.is_none();
         let policy = if older { Policy::Rescue } else { self.policy };
-        let plan = reconcile(&tail, self.spec.layout == "maildir", policy, &theirs);
+        let mut items = vec![];
+        let mail = match self.spec.layout.as_str() {
+            "maildir" => Mail::Maildir,
+            "sdbox" | "mdbox" => {
+                progress("reading the mail server's files", 0, None);
+                items = boxes::items(&differences, &tail, &self.root()?)?;
+                Mail::Boxes(&items)
+            }
+            _ => Mail::None,
+        };
+        let mut plan = reconcile(&tail, mail, policy, &theirs);
+        if !changes.has_program {
+            without_program(&mut plan, &other.name);
+        }
         let already = plan.items.iter().filter(|item| item.outcome == Outcome::Already);
         let there = already.filter_map(|item| tail.get(&item.path)?.ours.as_ref()?.hash()).collect();
         Ok(Stored {
@@ -502,27 +517,36 @@ impl Job {
                 (saved, took) = (Instant::now(), began.elapsed());
             }
             let item = &mut stored.plan.items[*n];
-            let hash = |merge: &Option<Merge>| match merge {
-                Some(Merge::Message { entry, .. }) => entry.hash(),
+            // A content that nobody needs here once it is there.
+            let hash = |item: &Item| match (&item.merge, &item.part) {
+                (Some(Merge::Message { entry, .. }), _) => entry.hash(),
+                (_, Some(part)) => part.whole,
                 _ => None,
             };
             let Some(merge) = item.merge.clone() else { continue };
             let mut file = None;
-            if let Merge::Message { entry, .. } = &merge {
+            if let Merge::Message { entry, .. } | Merge::Server { task: Task::Import { entry, .. }, .. } = &merge {
                 // What was changed or moved since the plan was made is kept with the rest.
-                let found = root.file(&item.path).map(File::from).ok();
+                let found = match &item.part {
+                    Some(part) => boxes::bytes(&root, part).map(|bytes| self.spooled(&bytes)).transpose()?,
+                    None => root.file(&item.path).map(File::from).ok(),
+                };
                 file = found.filter(|file| copy::hash(file).ok() == entry.hash());
                 if file.is_none() {
-                    stored.plan.rescue.push(item.path.clone());
+                    stored.plan.rescue.push(file_of(item));
                     item.outcome = Outcome::Rescue { why: "it was changed, or moved, after the plan was made".into() };
                     stored.done.insert(*n);
                     continue;
                 }
             }
             match other.remote.merge(merge, file.as_ref()).await? {
-                Merged::Done | Merged::Already => stored.there.extend(hash(&item.merge)),
+                Merged::Done | Merged::Already => stored.there.extend(hash(item)),
+                // Mail is kept; a flag or a folder's name has nothing to keep.
+                Merged::Kept { why } if matches!(item.merge, Some(Merge::Server { .. })) && item.part.is_none() => {
+                    item.outcome = Outcome::Stays { why };
+                }
                 Merged::Kept { why } => {
-                    stored.plan.rescue.push(item.path.clone());
+                    stored.plan.rescue.push(file_of(item));
                     item.outcome = Outcome::Rescue { why };
                 }
             }
@@ -532,6 +556,16 @@ impl Job {
             self.dirs(other, &stored.plan.dirs).await?;
         }
         Ok(())
+    }
+
+    /// In an unnamed file.
+    fn spooled(&self, bytes: &[u8]) -> Result<File, ResyncError> {
+        let spool = || {
+            let mut file = tempfile::tempfile_in(self.dir())?;
+            file.write_all(bytes)?;
+            Ok(file)
+        };
+        io("keeping a message on its way", spool())
     }
 
     async fn dirs(&self, other: &mut Other, dirs: &[(RelPath, Entry)]) -> Result<(), ResyncError> {
@@ -616,6 +650,26 @@ impl Job {
         io("removing marks", crate::switch::unmark(&dir, &[crate::switch::RETURNING, PLAN]))?;
         Ok(())
     }
+}
+
+/// The file that a message is in.
+fn file_of(item: &Item) -> RelPath {
+    item.part.as_ref().map_or_else(|| item.path.clone(), |part| part.file.clone())
+}
+
+/// The other node cannot have its mail server do anything.
+fn without_program(plan: &mut Plan, name: &str) {
+    let why =
+        format!("`{name}` has no `[hooks] merge` program (see examples/hooks/merge-dovecot): give it one, reload it, and this is merged");
+    for item in plan.items.iter_mut().filter(|item| matches!(item.merge, Some(Merge::Server { .. }))) {
+        item.merge = None;
+        item.outcome = if item.part.is_some() { Outcome::Rescue { why: why.clone() } } else { Outcome::Stays { why: why.clone() } };
+        if item.part.is_some() {
+            plan.rescue.push(file_of(item));
+        }
+    }
+    plan.rescue.sort();
+    plan.rescue.dedup();
 }
 
 fn policy_text(policy: Policy) -> &'static str {

@@ -490,6 +490,7 @@ impl Nodes {
             adopt: false,
             sweep: None,
             fuzzy_after: None,
+            tool: std::sync::Arc::default(),
         };
         let Some(mut job) = crate::heal::need("a", &self.state_dir(0), spec, false).unwrap() else { return };
         job.booted_at(booted);

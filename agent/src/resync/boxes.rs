@@ -1,0 +1,398 @@
+//! What a returning node's mail server wrote after the fork, read from its own files (sdbox, mdbox): messages, flags, moved and deleted messages. Nothing is changed.
+//!
+//! sdbox has a file for each message, so files say what came and went. mdbox has them in its log of each mailbox; their bytes are found by GUID in what was appended to `storage`.
+//! Flags are in the logs in both. Of a log whose beginning is not the one both had nothing is taken: the messages of that mailbox are kept in rescue, and that is said.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rustix::io::Errno;
+use twinbox_protocol::entry::{Entry, Kind, Time};
+use twinbox_protocol::ids::ContentHash;
+use twinbox_protocol::path::RelPath;
+use twinbox_protocol::rejoin::{Flags, Merge, Place, Task};
+use twinbox_resync::boxes::dbox::{self, Message};
+use twinbox_resync::boxes::log::{Said, index_id};
+use twinbox_resync::boxes::{self, MAILS, STORAGE, canonical};
+use twinbox_resync::reconcile::{Item, Outcome, Part, Tail, What, before, folder_moves};
+
+use super::tail::{Differs, TailError};
+use crate::tree::Root;
+
+/// No log is larger: Dovecot begins a new one long before.
+const LOG_MAX: u64 = 64 << 20;
+/// A message that is larger is not taken into memory, but kept.
+const MESSAGE_MAX: u64 = 1 << 30;
+const LOG: &[u8] = b"dovecot.index.log";
+
+/// Where a message is.
+#[derive(Clone)]
+struct Held {
+    file: RelPath,
+    message: Message,
+    /// Owner and mode are the file's.
+    entry: Entry,
+    whole: bool,
+}
+
+/// A mailbox that was changed.
+#[derive(Default)]
+struct Mailbox {
+    index: Option<u32>,
+    said: Said,
+    /// Nobody can tell from its log what was done.
+    is_unknown: bool,
+    /// sdbox: messages that came, by UID.
+    files: BTreeMap<u32, Held>,
+    /// sdbox: messages that went.
+    gone: BTreeSet<u32>,
+}
+
+struct Reader<'a> {
+    all: &'a BTreeMap<RelPath, Differs>,
+    moves: BTreeMap<&'a RelPath, &'a RelPath>,
+    root: &'a Root,
+}
+
+/// All of it, as items that are not decided on but for what cannot be merged.
+pub(super) fn items(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -> Result<Vec<Item>, TailError> {
+    let reader = Reader { all, moves: folder_moves(tail), root };
+    let mut mailboxes: BTreeMap<(RelPath, RelPath), Mailbox> = BTreeMap::new();
+    let mut stores: BTreeSet<RelPath> = BTreeSet::new();
+    for (path, it) in all {
+        let Some(dir) = path.parent() else { continue };
+        if dir.name() == STORAGE && path.name().starts_with(b"m.") {
+            stores.extend(dir.parent());
+            continue;
+        }
+        let Some((owner, name)) = boxes::place(path).filter(|_| dir.name() == MAILS) else { continue };
+        if let Some(uid) = boxes::uid(path) {
+            reader.file((&owner, &name), path, uid, it, &mut mailboxes)?;
+        } else if path.name() == LOG && it.ours.is_some() {
+            let mailbox = mailboxes.entry((owner, name)).or_default();
+            reader.log(path, mailbox)?;
+        }
+    }
+    let mut found: HashMap<RelPath, BTreeMap<Vec<u8>, Held>> = HashMap::new();
+    for owner in stores {
+        let held = reader.storage(&owner, true)?;
+        found.insert(owner, held);
+    }
+    let mut items = vec![];
+    let mut owners: BTreeMap<RelPath, Vec<(RelPath, Mailbox)>> = BTreeMap::new();
+    for ((owner, name), mailbox) in mailboxes {
+        owners.entry(owner).or_default().push((name, mailbox));
+    }
+    for (owner, mailboxes) in owners {
+        let is_mdbox = root.stat(&join(&owner, &[STORAGE])).ok().flatten().is_some();
+        if is_mdbox {
+            reader.mdbox(&owner, &mailboxes, found.get(&owner), &mut items)?;
+        } else {
+            reader.sdbox(&owner, &mailboxes, &mut items);
+        }
+    }
+    Ok(items)
+}
+
+fn join(dir: &RelPath, names: &[&[u8]]) -> RelPath {
+    names.iter().fold(dir.clone(), |at, name| at.join(name).unwrap_or(at))
+}
+
+fn mailbox_dir(owner: &RelPath, name: &RelPath) -> RelPath {
+    let names: Vec<&[u8]> = name.as_bytes().split(|byte| *byte == b'/').collect();
+    join(&join(&join(owner, &[b"mailboxes"]), &names), &[MAILS])
+}
+
+impl Reader<'_> {
+    fn disk<T>(&self, path: &RelPath, done: Result<T, Errno>) -> Result<T, TailError> {
+        done.map_err(|source| TailError::Disk { path: path.clone(), source })
+    }
+
+    fn open(&self, path: &RelPath) -> Result<File, TailError> {
+        Ok(File::from(self.disk(path, self.root.file(path))?))
+    }
+
+    fn whole(&self, path: &RelPath, most: u64) -> Result<Option<Vec<u8>>, TailError> {
+        let file = match self.root.file(path) {
+            Ok(file) => File::from(file),
+            Err(Errno::NOENT) => return Ok(None),
+            Err(source) => return Err(TailError::Disk { path: path.clone(), source }),
+        };
+        let read = || {
+            let mut bytes = vec![0; file.metadata()?.len().min(most) as usize];
+            file.read_exact_at(&mut bytes, 0)?;
+            Ok(bytes)
+        };
+        let read = read().map_err(|error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO));
+        self.disk(path, read).map(Some)
+    }
+
+    /// Where a path was at the fork.
+    fn at_fork(&self, path: &RelPath) -> RelPath {
+        before(&self.moves, path).unwrap_or_else(|| path.clone())
+    }
+
+    /// What both had under a path of now.
+    fn fork(&self, path: &RelPath) -> Option<&Entry> {
+        self.all.get(&self.at_fork(path)).and_then(|it| it.fork.as_ref()).map(|row| &row.entry)
+    }
+
+    fn file(
+        &self,
+        (owner, name): (&RelPath, &RelPath),
+        path: &RelPath,
+        uid: u32,
+        it: &Differs,
+        mailboxes: &mut BTreeMap<(RelPath, RelPath), Mailbox>,
+    ) -> Result<(), TailError> {
+        match (&it.fork, &it.ours) {
+            (None, Some((entry, _))) if self.fork(path).is_none_or(|fork| fork.kind != entry.kind) => {
+                let mailbox = mailboxes.entry((owner.clone(), name.clone())).or_default();
+                let file = self.open(path)?;
+                let found = dbox::messages(&file, 0).ok().and_then(|(all, _)| all.into_iter().next());
+                // One that is no message stays a file, which is kept.
+                if let Some(message) = found {
+                    mailbox.files.insert(uid, Held { file: path.clone(), message, entry: entry.clone(), whole: true });
+                }
+            }
+            (Some(_), None) => {
+                let now = self.moves.iter().find_map(|(to, from)| path.rebase(from, to));
+                let now = now.unwrap_or_else(|| path.clone());
+                let there = self.all.get(&now).is_some_and(|it| it.ours.is_some());
+                if let Some((owner, name)) = boxes::place(&now).filter(|_| !there) {
+                    mailboxes.entry((owner, name)).or_default().gone.insert(uid);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What was appended to a mailbox's log, or to the one before it.
+    fn log(&self, path: &RelPath, mailbox: &mut Mailbox) -> Result<(), TailError> {
+        let Some(now) = self.whole(path, LOG_MAX)? else { return Ok(()) };
+        let older = path.parent().and_then(|dir| dir.join(b"dovecot.index.log.2"));
+        mailbox.index = index_id(&now);
+        let fork = self.fork(path).map(|entry| entry.kind.clone());
+        let begins = |bytes: &[u8], len: u64, hash: ContentHash| {
+            usize::try_from(len).is_ok_and(|len| bytes.get(..len).is_some_and(|head| ContentHash::of(head) == hash))
+        };
+        let read = match fork {
+            None => mailbox.said.read(&now, 0),
+            Some(Kind::File { size, hash }) if begins(&now, size, hash) => mailbox.said.read(&now, size as usize),
+            Some(Kind::File { size, hash }) => {
+                let older = match older {
+                    Some(older) => self.whole(&older, LOG_MAX)?,
+                    None => None,
+                };
+                match older.filter(|older| begins(older, size, hash)) {
+                    Some(older) => mailbox.said.read(&older, size as usize).and_then(|()| mailbox.said.read(&now, 0)),
+                    None => Err(boxes::log::LogError),
+                }
+            }
+            Some(_) => Err(boxes::log::LogError),
+        };
+        mailbox.is_unknown = read.is_err();
+        Ok(())
+    }
+
+    /// Messages of mdbox by GUID: those that were written after the fork, or all.
+    fn storage(&self, owner: &RelPath, after: bool) -> Result<BTreeMap<Vec<u8>, Held>, TailError> {
+        let mut found = BTreeMap::new();
+        let dir = join(owner, &[STORAGE]);
+        let fd = match self.root.dir_for_reading(&dir) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(found),
+            Err(source) => return Err(TailError::Disk { path: dir, source }),
+        };
+        let listed = crate::tree::list(std::os::fd::AsFd::as_fd(&fd));
+        for item in self.disk(&dir, listed)? {
+            let Some(path) = dir.join(&item.name).filter(|path| path.name().starts_with(b"m.")) else { continue };
+            let it = self.all.get(&path);
+            let Some(entry) = it.and_then(|it| it.ours.as_ref().map(|(entry, _)| entry.clone())).or_else(|| {
+                let stat = self.root.stat(&path).ok().flatten().filter(|_| !after)?;
+                super::tail::unread(&stat)
+            }) else {
+                continue;
+            };
+            let from = it.and_then(|it| it.fork.as_ref()).map_or(0, |row| row.entry.size());
+            let Ok((messages, _)) = dbox::messages(&self.open(&path)?, if after { from } else { 0 }) else { continue };
+            for message in messages {
+                let held = Held { file: path.clone(), entry: entry.clone(), whole: false, message };
+                found.insert(held.message.guid.clone(), held);
+            }
+        }
+        Ok(found)
+    }
+
+    /// A message that came, with its bytes as the other node is sent them.
+    fn message(&self, owner: &RelPath, mailbox: &RelPath, path: RelPath, held: &Held, flags: Flags) -> Item {
+        let Held { file, message, entry, whole } = held;
+        let part = Part { file: file.clone(), bytes: message.bytes.clone(), whole: whole.then(|| entry.hash()).flatten() };
+        let why = if message.is_split {
+            Some("its attachments are kept in other files")
+        } else if message.bytes.end - message.bytes.start > MESSAGE_MAX {
+            Some("it is too large")
+        } else {
+            None
+        };
+        let item = Item { what: What::Message, path, from: None, outcome: Outcome::Merge, merge: None, part: Some(part.clone()) };
+        let bytes = match why {
+            None => bytes(self.root, &part).ok_or("it cannot be read"),
+            Some(why) => Err(why),
+        };
+        match bytes {
+            Err(why) => Item { outcome: Outcome::Rescue { why: why.into() }, ..item },
+            Ok(bytes) => {
+                let kind = Kind::File { size: bytes.len() as u64, hash: ContentHash::of(&bytes) };
+                let mtime = message.received.map_or(entry.mtime, |secs| Time { secs, nanos: 0 });
+                let entry = Entry { kind, mtime, xattrs: vec![], ..entry.clone() };
+                let task = Task::Import { mailbox: mailbox.clone(), flags, entry };
+                Item { merge: Some(Merge::Server { owner: owner.clone(), task }), ..item }
+            }
+        }
+    }
+
+    fn marked(
+        &self,
+        owner: &RelPath,
+        name: &RelPath,
+        mailbox: &Mailbox,
+        label: impl Fn(u32) -> RelPath,
+        but: &BTreeSet<u32>,
+        items: &mut Vec<Item>,
+    ) {
+        let Some(index) = mailbox.index else { return };
+        let old = |uid: &u32| !mailbox.said.came.contains(uid) && !mailbox.files.contains_key(uid) && !but.contains(uid);
+        for (uid, marked) in mailbox.said.marked.iter().filter(|(uid, _)| old(uid)) {
+            // To be deleted is not repeated, like deletions.
+            let of = |flags: &BTreeSet<String>| flags.iter().filter(|flag| *flag != "T").cloned().collect::<Flags>();
+            let (set, clear) = (of(&marked.set), of(&marked.clear));
+            if set.is_empty() && clear.is_empty() {
+                continue;
+            }
+            let at = Place { mailbox: name.clone(), index, uid: *uid };
+            let merge = Some(Merge::Server { owner: owner.clone(), task: Task::Flags { at, set, clear } });
+            items.push(Item { what: What::Flags, path: label(*uid), from: None, outcome: Outcome::Merge, merge, part: None });
+        }
+    }
+
+    fn sdbox(&self, owner: &RelPath, mailboxes: &[(RelPath, Mailbox)], items: &mut Vec<Item>) {
+        let label = |name: &RelPath, uid: u32| join(&mailbox_dir(owner, name), &[format!("u.{uid}").as_bytes()]);
+        let content = |path: &RelPath| self.all.get(&self.at_fork(path)).and_then(|it| it.fork.as_ref()?.entry.hash());
+        // A message that is moved is the same file under another name.
+        let mut went: HashMap<ContentHash, Vec<(&RelPath, &Mailbox, u32)>> = HashMap::new();
+        for (name, mailbox) in mailboxes {
+            for uid in &mailbox.gone {
+                if let Some(hash) = content(&label(name, *uid)) {
+                    went.entry(hash).or_default().push((name, mailbox, *uid));
+                }
+            }
+        }
+        let mut moved: BTreeSet<(&RelPath, u32)> = BTreeSet::new();
+        for (name, mailbox) in mailboxes {
+            for (uid, held) in &mailbox.files {
+                let from = held.entry.hash().and_then(|hash| went.get_mut(&hash)?.pop());
+                let flags = mailbox.said.marked.get(uid).map(|marked| marked.set.clone()).unwrap_or_default();
+                match from {
+                    Some((was, of, old)) => {
+                        moved.insert((was, old));
+                        items.push(self.moved(owner, (was, of, old), name, label(name, *uid), self.at_fork(&label(was, old))));
+                    }
+                    None => items.push(self.message(owner, name, label(name, *uid), held, flags)),
+                }
+            }
+        }
+        for (name, mailbox) in mailboxes {
+            for uid in mailbox.gone.iter().filter(|uid| !moved.contains(&(name, **uid))) {
+                items.push(deleted(self.at_fork(&label(name, *uid))));
+            }
+            self.marked(owner, name, mailbox, |uid| label(name, uid), &mailbox.gone, items);
+        }
+    }
+
+    fn moved(&self, owner: &RelPath, (was, of, uid): (&RelPath, &Mailbox, u32), to: &RelPath, path: RelPath, from: RelPath) -> Item {
+        let item = Item { what: What::Move, path, from: Some(from), outcome: Outcome::Merge, merge: None, part: None };
+        let Some(index) = of.index else {
+            return Item { outcome: stays("nobody can tell which message it was: it is where the other node has it"), ..item };
+        };
+        let at = Place { mailbox: was.clone(), index, uid };
+        Item { merge: Some(Merge::Server { owner: owner.clone(), task: Task::Move { at, to: to.clone() } }), ..item }
+    }
+
+    fn mdbox(
+        &self,
+        owner: &RelPath,
+        mailboxes: &[(RelPath, Mailbox)],
+        fresh: Option<&BTreeMap<Vec<u8>, Held>>,
+        items: &mut Vec<Item>,
+    ) -> Result<(), TailError> {
+        let label = |name: &RelPath, uid: u32| join(&mailbox_dir(owner, name), &[format!("UID {uid}").as_bytes()]);
+        let mut went: HashMap<&[u8], Vec<(&RelPath, &Mailbox, u32)>> = HashMap::new();
+        for (name, mailbox) in mailboxes {
+            for (uid, guid) in mailbox.said.went.iter().filter(|(uid, _)| !mailbox.said.came.contains(uid)) {
+                went.entry(guid).or_default().push((name, mailbox, *uid));
+            }
+        }
+        let mut all: Option<BTreeMap<Vec<u8>, Held>> = None;
+        let mut moved: BTreeSet<(&RelPath, u32)> = BTreeSet::new();
+        for (name, mailbox) in mailboxes {
+            for uid in mailbox.said.came.iter().filter(|uid| !mailbox.said.went.contains_key(uid)) {
+                let flags = mailbox.said.marked.get(uid).map(|marked| marked.set.clone()).unwrap_or_default();
+                let guid = mailbox.said.guids.get(uid).cloned().unwrap_or_default();
+                if let Some(held) = fresh.and_then(|fresh| fresh.get(&guid)) {
+                    items.push(self.message(owner, name, label(name, *uid), held, flags));
+                    continue;
+                }
+                if let Some((was, of, old)) = went.get_mut(guid.as_slice()).filter(|_| !guid.is_empty()).and_then(Vec::pop) {
+                    moved.insert((was, old));
+                    items.push(self.moved(owner, (was, of, old), name, label(name, *uid), label(was, old)));
+                    continue;
+                }
+                // A copy of an older one.
+                let all = match &mut all {
+                    Some(all) => all,
+                    none => none.insert(self.storage(owner, false)?),
+                };
+                items.push(match all.get(&guid) {
+                    Some(held) => self.message(owner, name, label(name, *uid), held, flags),
+                    None => {
+                        let outcome = Outcome::Rescue { why: "its bytes are not in the storage that is here, all of which is kept".into() };
+                        Item { what: What::Message, path: label(name, *uid), from: None, outcome, merge: None, part: None }
+                    }
+                });
+            }
+        }
+        for (name, mailbox) in mailboxes {
+            let gone: BTreeSet<u32> = mailbox.said.went.keys().copied().collect();
+            for uid in gone.iter().filter(|uid| !mailbox.said.came.contains(uid) && !moved.contains(&(name, **uid))) {
+                items.push(deleted(label(name, *uid)));
+            }
+            self.marked(owner, name, mailbox, |uid| label(name, uid), &gone, items);
+            if mailbox.is_unknown {
+                let why = "its log does not go on from what both had: look into its storage, all of which is kept".into();
+                let path = join(&mailbox_dir(owner, name), &[LOG]);
+                items.push(Item { what: What::File, path, from: None, outcome: Outcome::Rescue { why }, merge: None, part: None });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn deleted(path: RelPath) -> Item {
+    let outcome = stays("deletions are not repeated: mail comes back rather than vanishes");
+    Item { what: What::Deletion, path, from: None, outcome, merge: None, part: None }
+}
+
+fn stays(why: &str) -> Outcome {
+    Outcome::Stays { why: why.into() }
+}
+
+/// The bytes of a message within a file, as they are sent.
+pub(super) fn bytes(root: &Root, part: &Part) -> Option<Vec<u8>> {
+    let file = File::from(root.file(&part.file).ok()?);
+    let mut bytes = vec![0; usize::try_from(part.bytes.end.checked_sub(part.bytes.start)?).ok()?];
+    file.read_exact_at(&mut bytes, part.bytes.start).ok()?;
+    Some(canonical(&bytes))
+}

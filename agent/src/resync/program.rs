@@ -1,0 +1,342 @@
+//! What only the mail server may do in its own formats, done by the operator's program (`[hooks] merge`): messages taken in, flags, moved messages, folders.
+//!
+//! A message is handed over as a Maildir with one message in it (folders as directories), which every mail server can import. Nothing is taken in twice: what is in a mailbox since the fork is known by its bytes.
+//! Nor is the program's word enough: what it says is done is looked for on disk.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+use std::time::{Duration, UNIX_EPOCH};
+
+use rustix::fs::{self as rfs, FileType};
+use rustix::io::Errno;
+use twinbox_protocol::entry::Entry;
+use twinbox_protocol::ids::ContentHash;
+use twinbox_protocol::path::RelPath;
+use twinbox_protocol::rejoin::{Flags, Merged, Place, Task};
+use twinbox_resync::boxes::log::index_id;
+use twinbox_resync::boxes::{self, MAILS, STORAGE, dbox, fingerprint, folder_name};
+use twinbox_resync::manifest::Manifest;
+use twinbox_resync::rows::Rows;
+
+use super::store::{Lent, StoreError, kept};
+use crate::hooks::{Hook, Tool};
+use crate::layout::OWN_PREFIX;
+use crate::tree::{self, Root};
+
+/// A message that is larger is no mail.
+const MESSAGE_MAX: u64 = 1 << 30;
+
+/// Messages of a mailbox that were not there at the fork.
+#[derive(Default)]
+struct Fresh {
+    /// Of sdbox: files that were looked at. Of mdbox: up to where.
+    read: HashMap<RelPath, u64>,
+    seen: HashSet<ContentHash>,
+}
+
+/// See the module's text.
+pub(super) struct Program {
+    lent: Lent,
+    /// By where they are, and the mailbox (mdbox: any).
+    fresh: BTreeMap<RelPath, HashMap<Vec<u8>, Fresh>>,
+}
+
+fn disk(path: &RelPath) -> impl Fn(Errno) -> StoreError {
+    let path = path.clone();
+    move |source| StoreError::Disk { path: path.clone(), source }
+}
+
+fn os(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+fn join(dir: &RelPath, names: &[&[u8]]) -> RelPath {
+    names.iter().fold(dir.clone(), |at, name| at.join(name).unwrap_or(at))
+}
+
+/// Directory of a mailbox.
+fn mailbox_dir(owner: &RelPath, mailbox: &RelPath) -> RelPath {
+    let names: Vec<&[u8]> = mailbox.as_bytes().split(|byte| *byte == b'/').collect();
+    join(&join(owner, &[b"mailboxes"]), &names)
+}
+
+impl Program {
+    pub(super) fn new(lent: &Lent) -> Self {
+        Program { lent: lent.clone(), fresh: BTreeMap::new() }
+    }
+
+    fn tool(&self) -> Option<Tool> {
+        self.lent.tool.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether there is one.
+    pub(super) fn is_there(&self) -> bool {
+        self.tool().is_some()
+    }
+
+    /// Has a task done. Blocks, in a thread that may.
+    pub(super) fn run(
+        &mut self,
+        root: &Root,
+        manifest: &Manifest,
+        owner: &RelPath,
+        task: &Task,
+        bytes: Option<&File>,
+    ) -> Result<Merged, StoreError> {
+        let Some(tool) = self.tool() else { return Ok(kept("that node has no [hooks] merge program")) };
+        let exists = |mailbox: &RelPath| {
+            let dir = mailbox_dir(owner, mailbox);
+            let stat = root.stat(&dir).map_err(disk(&dir))?;
+            Ok::<_, StoreError>(stat.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory))
+        };
+        match task {
+            Task::Import { mailbox, flags, entry } => self.import(&tool, (root, manifest), (owner, mailbox), flags, entry, bytes),
+            Task::Flags { at, set, clear } => {
+                if let Some(why) = self.is_another(root, owner, at)? {
+                    return Ok(why);
+                }
+                let flags = |flags: &Flags| OsString::from(imap_flags(flags).join(" "));
+                self.ask(
+                    &tool,
+                    root,
+                    owner,
+                    "flags",
+                    &at.mailbox,
+                    [("TWINBOX_UID", at.uid.to_string().into()), ("TWINBOX_SET", flags(set)), ("TWINBOX_CLEAR", flags(clear))],
+                )
+            }
+            Task::Move { at, to } => {
+                if let Some(why) = self.is_another(root, owner, at)? {
+                    return Ok(why);
+                }
+                self.ask(
+                    &tool,
+                    root,
+                    owner,
+                    "move",
+                    &at.mailbox,
+                    [("TWINBOX_UID", at.uid.to_string().into()), ("TWINBOX_TO", folder_name(to.as_bytes()).into())],
+                )
+            }
+            Task::Rename { mailbox, to } => match (exists(mailbox)?, exists(to)?) {
+                (false, true) => Ok(Merged::Already),
+                (false, false) => Ok(kept("the folder is not there any more")),
+                (true, true) => Ok(kept("there is a folder of the new name, too")),
+                (true, false) => {
+                    let done = self.ask(&tool, root, owner, "rename", mailbox, [("TWINBOX_TO", folder_name(to.as_bytes()).into())])?;
+                    Ok(if done == Merged::Done && !exists(to)? {
+                        kept("the merge program said that it is done, and the folder has its old name")
+                    } else {
+                        done
+                    })
+                }
+            },
+            Task::Create { mailbox } if exists(mailbox)? => Ok(Merged::Already),
+            Task::Create { mailbox } => self.ask(&tool, root, owner, "create", mailbox, []),
+        }
+    }
+
+    /// Another mailbox has the name by now, or none.
+    fn is_another(&self, root: &Root, owner: &RelPath, at: &Place) -> Result<Option<Merged>, StoreError> {
+        let log = join(&mailbox_dir(owner, &at.mailbox), &[MAILS, b"dovecot.index.log"]);
+        let mut head = vec![0; 64];
+        let read = root.file(&log).map(File::from).and_then(|file| file.read_at(&mut head, 0).map_err(|error| os(&error)));
+        match read {
+            Ok(got) if index_id(&head[..got]) == Some(at.index) => Ok(None),
+            Ok(_) => Ok(Some(kept("another mailbox has that name by now"))),
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(Some(kept("the mailbox is not there any more"))),
+            Err(source) => Err(disk(&log)(source)),
+        }
+    }
+
+    fn ask<const N: usize>(
+        &self,
+        tool: &Tool,
+        root: &Root,
+        owner: &RelPath,
+        what: &str,
+        mailbox: &RelPath,
+        more: [(&'static str, OsString); N],
+    ) -> Result<Merged, StoreError> {
+        let group = self.lent.grouping.group_of(owner.as_bytes(), true);
+        let mut environment = vec![
+            ("TWINBOX_MIRROR", OsString::from(&self.lent.name)),
+            ("TWINBOX_ROOT", self.lent.root.as_os_str().to_owned()),
+            ("TWINBOX_MERGE", what.into()),
+            ("TWINBOX_GROUP", std::ffi::OsStr::from_bytes(group).to_owned()),
+            ("TWINBOX_MAILBOX", folder_name(mailbox.as_bytes()).into()),
+        ];
+        environment.extend(more);
+        let ended = tokio::runtime::Handle::current().block_on(tool.run(Hook::Merge, &environment));
+        match ended {
+            Ok(()) => {
+                // What is said to be done survives a power cut.
+                rfs::syncfs(root.fd()).map_err(disk(owner))?;
+                Ok(Merged::Done)
+            }
+            Err(error) => Ok(Merged::Kept { why: error.to_string() }),
+        }
+    }
+
+    fn import(
+        &mut self,
+        tool: &Tool,
+        store: (&Root, &Manifest),
+        (owner, mailbox): (&RelPath, &RelPath),
+        flags: &Flags,
+        entry: &Entry,
+        bytes: Option<&File>,
+    ) -> Result<Merged, StoreError> {
+        let Some(bytes) = bytes.filter(|_| entry.hash().is_some() && entry.size() <= MESSAGE_MAX) else {
+            return Ok(kept("its bytes did not arrive"));
+        };
+        let mut message = vec![0; entry.size() as usize];
+        bytes.read_exact_at(&mut message, 0).map_err(|error| disk(owner)(os(&error)))?;
+        let print = fingerprint(&message);
+        if self.is_in(store, owner, mailbox, print)? {
+            return Ok(Merged::Already);
+        }
+        let group = RelPath::new(self.lent.grouping.group_of(owner.as_bytes(), true)).unwrap_or_default();
+        let aside = if store.0.stat(&group).is_ok_and(|stat| stat.is_some()) { group } else { RelPath::root() };
+        let handed = self.maildir(&aside, mailbox, &message, flags, entry).map_err(|error| disk(&aside)(os(&error)))?;
+        let more = [("TWINBOX_MAILDIR", handed.path().as_os_str().to_owned())];
+        let done = self.ask(tool, store.0, owner, "import", mailbox, more)?;
+        if done == Merged::Done && !self.is_in(store, owner, mailbox, print)? {
+            return Ok(kept("the merge program said that it is done, and the message is not in that mailbox"));
+        }
+        Ok(done)
+    }
+
+    /// A Maildir with this message, beside the mailboxes under a name that is never mirrored; removed when it is dropped.
+    fn maildir(
+        &self,
+        aside: &RelPath,
+        mailbox: &RelPath,
+        message: &[u8],
+        flags: &Flags,
+        entry: &Entry,
+    ) -> std::io::Result<tempfile::TempDir> {
+        let dir = self.lent.root.join(std::ffi::OsStr::from_bytes(aside.as_bytes()));
+        let prefix = [OWN_PREFIX, b"import-"].concat();
+        let handed = tempfile::Builder::new().prefix(std::ffi::OsStr::from_bytes(&prefix)).tempdir_in(dir)?;
+        let own = |path: &Path| match chown(path, Some(entry.uid), Some(entry.gid)) {
+            // An ordinary user's own already.
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+            other => other,
+        };
+        let mut made: Vec<PathBuf> = vec![handed.path().to_owned()];
+        if mailbox.as_bytes() != b"INBOX" {
+            for name in mailbox.as_bytes().split(|byte| *byte == b'/') {
+                made.push(made[made.len() - 1].join(std::ffi::OsStr::from_bytes(name)));
+            }
+        }
+        let folder = made[made.len() - 1].clone();
+        made.extend(["cur", "new", "tmp"].map(|part| folder.join(part)));
+        for (n, dir) in made.iter().enumerate() {
+            if n > 0 {
+                fs::DirBuilder::new().mode(0o700).create(dir)?;
+            }
+            own(dir)?;
+        }
+        let (systems, keywords): (Vec<&String>, Vec<&String>) =
+            flags.iter().partition(|flag| flag.len() == 1 && flag.bytes().all(|byte| byte.is_ascii_uppercase()));
+        let mut letters: String = systems.into_iter().cloned().collect();
+        let known = keywords.into_iter().filter(|name| !name.contains(['\n', '\r', '\0'])).take(26);
+        let mut names = String::new();
+        for (n, name) in known.enumerate() {
+            letters.push(char::from(b'a' + n as u8));
+            names += &format!("{n} {name}\n");
+        }
+        let put = |path: PathBuf, bytes: &[u8]| {
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+            file.write_all(bytes)?;
+            own(&path)?;
+            Ok::<_, std::io::Error>(file)
+        };
+        if !names.is_empty() {
+            put(folder.join("dovecot-keywords"), names.as_bytes())?;
+        }
+        let secs = u64::try_from(entry.mtime.secs).unwrap_or(0);
+        let file = put(folder.join(format!("cur/{secs}.M1P1.twinbox:2,{letters}")), message)?;
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(secs))?;
+        Ok(handed)
+    }
+
+    /// Whether a mailbox has got such a message since the fork.
+    fn is_in(
+        &mut self,
+        (root, manifest): (&Root, &Manifest),
+        owner: &RelPath,
+        mailbox: &RelPath,
+        print: ContentHash,
+    ) -> Result<bool, StoreError> {
+        let storage = join(owner, &[STORAGE]);
+        let multi = root.stat(&storage).map_err(disk(&storage))?.is_some();
+        let dir = if multi { storage } else { join(&mailbox_dir(owner, mailbox), &[MAILS]) };
+        let listed = match root.dir_for_reading(&dir) {
+            Ok(fd) => tree::list(fd.as_fd()).map_err(disk(&dir))?,
+            Err(Errno::NOENT | Errno::NOTDIR) => vec![],
+            Err(source) => return Err(disk(&dir)(source)),
+        };
+        let fresh = self.fresh.entry(dir.clone()).or_default();
+        let mut read = fresh.remove(b"".as_slice()).unwrap_or_default().read;
+        for item in listed {
+            let Some(path) = dir.join(&item.name) else { continue };
+            if !(if multi { item.name.starts_with(b"m.") } else { boxes::is_message(&path) }) {
+                continue;
+            }
+            let from = match read.get(&path) {
+                Some(at) => *at,
+                // At the fork it was as long as its row says; of sdbox each file is one message.
+                None => manifest.row(&path).map_err(super::tail::TailError::from)?.map_or(0, |row| row.entry.size()),
+            };
+            let file = match root.file(&path) {
+                Ok(file) => File::from(file),
+                Err(Errno::NOENT) => continue,
+                Err(source) => return Err(disk(&path)(source)),
+            };
+            let len = file.metadata().map_err(|error| disk(&path)(os(&error)))?.len();
+            if len <= from {
+                read.insert(path, from);
+                continue;
+            }
+            let mut at = from;
+            for message in dbox::messages(&file, from).map(|(all, _)| all).unwrap_or_default() {
+                at = at.max(message.bytes.end);
+                let size = message.bytes.end - message.bytes.start;
+                if size > MESSAGE_MAX {
+                    continue;
+                }
+                let mut bytes = vec![0; size as usize];
+                if file.read_exact_at(&mut bytes, message.bytes.start).is_ok() {
+                    let of = if multi { message.mailbox.unwrap_or_default() } else { b"one".to_vec() };
+                    fresh.entry(of).or_default().seen.insert(fingerprint(&bytes));
+                }
+            }
+            read.insert(path, at);
+        }
+        fresh.entry(vec![]).or_default().read = read;
+        let names = [mailbox.as_bytes().to_vec(), folder_name(mailbox.as_bytes()).into_bytes(), b"one".to_vec()];
+        Ok(names.iter().any(|name| fresh.get(name).is_some_and(|fresh| fresh.seen.contains(&print))))
+    }
+}
+
+/// As IMAP names them: letters of a Maildir's names, and keywords.
+fn imap_flags(flags: &Flags) -> Vec<String> {
+    let name = |flag: &String| match flag.as_str() {
+        "R" => "\\Answered".into(),
+        "F" => "\\Flagged".into(),
+        "T" => "\\Deleted".into(),
+        "S" => "\\Seen".into(),
+        "D" => "\\Draft".into(),
+        other => other.to_owned(),
+    };
+    flags.iter().map(name).collect()
+}

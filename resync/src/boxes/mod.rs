@@ -1,0 +1,149 @@
+//! Mail in the formats of which a mail server keeps the index: what messages files hold, and what its transaction logs say of flags and expunged messages. Read only: such files are never merged or written
+//! here; what is found is given to the mail server of the other node to be taken in.
+
+pub mod dbox;
+pub mod log;
+
+use twinbox_protocol::ids::ContentHash;
+use twinbox_protocol::path::RelPath;
+
+/// Directory of a dbox mailbox in which its index and messages are.
+pub const MAILS: &[u8] = b"dbox-Mails";
+/// Directory below which a user's mailboxes are.
+const MAILBOXES: &[u8] = b"mailboxes";
+/// Directory of mdbox's messages.
+pub const STORAGE: &[u8] = b"storage";
+
+/// Of a directory below `mailboxes`, or in a dbox mailbox: whose it is, and the mailbox's name. Folders can be called `mailboxes`, too: the first one counts.
+#[must_use]
+pub fn place(path: &RelPath) -> Option<(RelPath, RelPath)> {
+    let names: Vec<&[u8]> = path.as_bytes().split(|byte| *byte == b'/').collect();
+    let at = names.iter().position(|name| *name == MAILBOXES)?;
+    let end = names.iter().position(|name| *name == MAILS).unwrap_or(names.len());
+    let mailbox = names.get(at + 1..end).filter(|mailbox| !mailbox.is_empty())?;
+    Some((RelPath::new(&names[..at].join(&b'/')).ok()?, RelPath::new(&mailbox.join(&b'/')).ok()?))
+}
+
+/// UID of the sdbox message that a path is.
+#[must_use]
+pub fn uid(path: &RelPath) -> Option<u32> {
+    path.parent().filter(|dir| dir.name() == MAILS)?;
+    std::str::from_utf8(path.name().strip_prefix(b"u.")?).ok()?.parse().ok()
+}
+
+/// Whether a path is a message of sdbox.
+#[must_use]
+pub fn is_message(path: &RelPath) -> bool {
+    uid(path).is_some()
+}
+
+/// Whether a file is one that only the mail server understands: indexes, and the files messages are in.
+#[must_use]
+pub fn is_the_servers_own(path: &RelPath) -> bool {
+    let dir = path.parent().unwrap_or_default();
+    dir.name() == MAILS || dir.name() == STORAGE || path.name().starts_with(b"dovecot")
+}
+
+/// Bytes of a message as every server gives them back: line ends without CR.
+#[must_use]
+pub fn canonical(bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len());
+    for (at, byte) in bytes.iter().enumerate() {
+        if *byte != b'\r' || bytes.get(at + 1) != Some(&b'\n') {
+            out.push(*byte);
+        }
+    }
+    out
+}
+
+/// By what a message is recognised wherever it is: its bytes, but for line ends and empty lines at its end, which some formats add.
+#[must_use]
+pub fn fingerprint(bytes: &[u8]) -> ContentHash {
+    let bytes = canonical(bytes);
+    let end = bytes.iter().rposition(|byte| *byte != b'\n').map_or(0, |last| last + 1);
+    ContentHash::of(&bytes[..end])
+}
+
+/// A folder's name as people write it, from a name on disk (IMAP's modified UTF-7, RFC 3501 §5.1.3); what is no such name stays as it is.
+#[must_use]
+pub fn folder_name(disk: &[u8]) -> String {
+    decode(disk).unwrap_or_else(|| String::from_utf8_lossy(disk).into_owned())
+}
+
+fn decode(disk: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(disk).ok()?;
+    let (mut out, mut rest) = (String::new(), text);
+    while let Some((plain, coded)) = rest.split_once('&') {
+        out.push_str(plain);
+        let (coded, after) = coded.split_once('-')?;
+        rest = after;
+        if coded.is_empty() {
+            out.push('&');
+            continue;
+        }
+        let (mut bits, mut held, mut units) = (0u32, 0u32, vec![]);
+        for byte in coded.bytes() {
+            let value = match byte {
+                b'A'..=b'Z' => byte - b'A',
+                b'a'..=b'z' => byte - b'a' + 26,
+                b'0'..=b'9' => byte - b'0' + 52,
+                b'+' => 62,
+                b',' => 63,
+                _ => return None,
+            };
+            bits = bits << 6 | u32::from(value);
+            held += 6;
+            if held >= 16 {
+                held -= 16;
+                units.push((bits >> held) as u16);
+                bits &= (1 << held) - 1;
+            }
+        }
+        out.push_str(&String::from_utf16(&units).ok()?);
+    }
+    out.push_str(rest);
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_folders_are_read() {
+        for (disk, name) in
+            [("Entw&APw-rfe/Sub x", "Entwürfe/Sub x"), ("A &- B", "A & B"), ("&2D3eAA-", "😀"), ("plain", "plain"), ("a&b", "a&b")]
+        {
+            assert_eq!(folder_name(disk.as_bytes()), name);
+        }
+    }
+
+    #[test]
+    fn places_are_read() {
+        let p = |text: &str| RelPath::new(text.as_bytes()).unwrap();
+        for (path, found) in [
+            ("u/sdbox/mailboxes/A/B/dbox-Mails/u.7", Some(("u/sdbox", "A/B", Some(7)))),
+            ("u/mailboxes/A", Some(("u", "A", None))),
+            ("mailboxes/mailboxes/dbox-Mails", Some(("", "mailboxes", None))),
+            ("u/sdbox/mailboxes", None),
+            ("u/sdbox/mailboxes/dbox-Mails/u.7", None),
+            ("u/mdbox/storage/m.1", None),
+        ] {
+            let expected = found.map(|(owner, mailbox, _)| (p(owner), p(mailbox)));
+            assert_eq!(place(&p(path)), expected, "{path}");
+            if let Some((_, _, number)) = found {
+                assert_eq!(uid(&p(path)), number, "{path}");
+            }
+        }
+        for path in ["u.7", "x/dbox-Mails/u.", "x/dbox-Mails/u.x", "x/u.7", "x/dbox-Mails/dovecot.index"] {
+            assert!(!is_message(&p(path)), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_message_is_the_same_with_other_line_ends() {
+        assert_eq!(canonical(b"a\r\nb\rc\r\n"), b"a\nb\rc\n");
+        assert_eq!(fingerprint(b"a\r\n\r\nb\r\n"), fingerprint(b"a\n\nb\n\n"));
+        assert_ne!(fingerprint(b"a\nb\n"), fingerprint(b"a\n\nb\n"));
+    }
+}
