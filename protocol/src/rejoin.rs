@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::entry::Entry;
+use crate::ids::ContentHash;
 use crate::path::RelPath;
 
 /// Most questions in one message.
@@ -33,6 +34,15 @@ pub enum Ask {
         folder: RelPath,
         /// Its name without flags.
         unique: Vec<u8>,
+    },
+    /// Is there such a message in one of somebody's mbox files? The answer's path is that file and `UID n` (0: not numbered yet).
+    Mail {
+        /// Directory of somebody's mailboxes.
+        owner: RelPath,
+        /// Where it is looked for first.
+        mailbox: RelPath,
+        /// Its bytes, without what a mail server adds.
+        print: ContentHash,
     },
 }
 

@@ -126,7 +126,26 @@ pub enum Mail<'a> {
     /// A Maildir.
     Maildir,
     /// Formats of which the mail server keeps the index: what was found in its files.
-    Boxes(&'a [Item]),
+    Boxes(&'a Boxes),
+}
+
+/// What was found in a mail server's own files.
+#[derive(Clone, Default, Debug)]
+pub struct Boxes {
+    /// Messages, flags, deletions; of folders those that are files.
+    pub items: Vec<Item>,
+    /// Files with mail in them that only the mail server understands, besides those it is known of by their names.
+    pub own: BTreeSet<RelPath>,
+    /// Directories that are mailboxes, besides those of dbox: whose, and its name.
+    pub places: BTreeMap<RelPath, (RelPath, RelPath)>,
+    /// Files that went along with such a directory: now ▶ at the fork.
+    pub moved: BTreeMap<RelPath, RelPath>,
+}
+
+impl Boxes {
+    fn place(&self, path: &RelPath) -> Option<(RelPath, RelPath)> {
+        self.places.get(path).cloned().or_else(|| boxes::place(path))
+    }
 }
 
 /// What is to be done.
@@ -195,8 +214,8 @@ struct Reconciler<'a> {
     moves: BTreeMap<&'a RelPath, &'a RelPath>,
     /// Of those, the ones that the other node takes over.
     merged: BTreeSet<RelPath>,
-    /// What makes a directory a folder.
-    mark: &'static [u8],
+    /// Only the mail server may change anything.
+    boxes: Option<&'a Boxes>,
     plan: Plan,
 }
 
@@ -215,17 +234,17 @@ type ByName<'a> = BTreeMap<Vec<u8>, Vec<Seen<'a>>>;
 pub fn reconcile(tail: &Tail, mail: Mail<'_>, policy: Policy, theirs: &Theirs) -> Plan {
     let mail = if policy == Policy::Merge { mail } else { Mail::None };
     let moves = if let Mail::None = mail { BTreeMap::new() } else { folder_moves(tail) };
-    let mark: &[u8] = if let Mail::Boxes(_) = mail { boxes::MAILS } else { b"cur" };
-    let mut work = Reconciler { tail, theirs, moves, merged: BTreeSet::new(), mark, plan: Plan::default() };
+    let boxes = if let Mail::Boxes(boxes) = mail { Some(boxes) } else { None };
+    let mut work = Reconciler { tail, theirs, moves, merged: BTreeSet::new(), boxes, plan: Plan::default() };
     match mail {
         Mail::None => {}
         Mail::Maildir => {
             work.folders();
             work.messages();
         }
-        Mail::Boxes(items) => {
+        Mail::Boxes(boxes) => {
             work.folders();
-            work.boxed(items);
+            work.boxed(&boxes.items);
         }
     }
     work.files(mail);
@@ -254,7 +273,8 @@ impl<'a> Reconciler<'a> {
 
     fn is_folder(&self, dir: &RelPath, fork: bool) -> bool {
         let side = |change: &'a Change| if fork { change.fork.as_ref() } else { change.ours.as_ref() };
-        dir.join(self.mark).and_then(|mark| self.tail.get(&mark)).and_then(side).is_some_and(Entry::is_dir)
+        let mark: &[u8] = if self.boxes.is_some() { boxes::MAILS } else { b"cur" };
+        dir.join(mark).and_then(|mark| self.tail.get(&mark)).and_then(side).is_some_and(Entry::is_dir)
     }
 
     fn folders(&mut self) {
@@ -289,9 +309,9 @@ impl<'a> Reconciler<'a> {
         }
         for path in new {
             let there = self.at(path).is_some();
-            let merge = boxes::place(path).map(|(owner, mailbox)| Merge::Server { owner, task: Task::Create { mailbox } });
-            let merge = merge.filter(|_| self.by_server() && !there);
-            if !self.by_server() {
+            let place = self.boxes.and_then(|boxes| boxes.place(path)).filter(|_| !there);
+            let merge = place.map(|(owner, mailbox)| Merge::Server { owner, task: Task::Create { mailbox } });
+            if self.boxes.is_none() {
                 self.dirs(path);
                 for part in [b"cur", b"new", b"tmp"] {
                     path.join(part).into_iter().for_each(|part| self.dirs(&part));
@@ -308,16 +328,9 @@ impl<'a> Reconciler<'a> {
         }
     }
 
-    /// Only the mail server may change anything.
-    fn by_server(&self) -> bool {
-        self.mark != b"cur"
-    }
-
     fn rename(&self, from: &RelPath, to: &RelPath) -> Option<Merge> {
-        if !self.by_server() {
-            return Some(Merge::Rename { from: from.clone(), to: to.clone() });
-        }
-        let ((owner, mailbox), (other, to)) = (boxes::place(from)?, boxes::place(to)?);
+        let Some(boxes) = self.boxes else { return Some(Merge::Rename { from: from.clone(), to: to.clone() }) };
+        let ((owner, mailbox), (other, to)) = (boxes.place(from)?, boxes.place(to)?);
         (owner == other).then_some(Merge::Server { owner, task: Task::Rename { mailbox, to } })
     }
 
@@ -493,7 +506,10 @@ impl<'a> Reconciler<'a> {
     fn files(&mut self, mail: Mail<'_>) {
         let merging = !matches!(mail, Mail::None);
         let is_message = |path: &RelPath| matches!(mail, Mail::Maildir) && Name::of(path).is_some();
-        let is_own = |path: &RelPath| is_the_servers_own(path) || (matches!(mail, Mail::Boxes(_)) && boxes::is_the_servers_own(path));
+        let boxes = self.boxes;
+        let is_own = |path: &RelPath| {
+            is_the_servers_own(path) || boxes.is_some_and(|boxes| boxes.own.contains(path) || boxes::is_the_servers_own(path))
+        };
         let mut done: BTreeSet<RelPath> = self.plan.items.iter().map(|item| item.path.clone()).collect();
         if merging {
             // Messages that were told together with another name, and what came along.
@@ -511,7 +527,10 @@ impl<'a> Reconciler<'a> {
             let there = there.as_ref();
             if own {
                 self.plan.own += 1;
-                if ours.is_some_and(|entry| Some(&entry.kind) != there) {
+                // Gone to another name with its folder it is as it was.
+                let was = boxes.and_then(|boxes| boxes.moved.get(path).cloned()).or_else(|| before(&self.moves, path));
+                let as_it_was = was.and_then(|was| self.tail.get(&was)).is_some_and(|then| content(&then.fork) == content(&change.ours));
+                if ours.is_some_and(|entry| Some(&entry.kind) != there) && !as_it_was {
                     self.plan.rescue.push(path.clone());
                 }
                 continue;

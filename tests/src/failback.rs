@@ -51,7 +51,7 @@ impl Site {
     pub fn new(layout: Layout) -> Self {
         let scratch = Scratch::new(&format!("failback-{}", layout.name()));
         let trees = [dovecot::store(&scratch, "alpha-store"), scratch.dir("beta-store")];
-        let (mut pair, cable) = Pair::over_cable(scratch.path(), &trees[0], &trees[1], layout);
+        let (pair, cable) = Pair::over_cable(scratch.path(), &trees[0], &trees[1], layout);
         // As shipped, with the doveadm of whichever Dovecot is running.
         let program = scratch.join("merge");
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/hooks/merge-dovecot");
@@ -59,7 +59,8 @@ impl Site {
             format!("#!/bin/sh\nDOVEADM=\"doveadm -c $(cat {})\" exec {}\n", scratch.join("dovecot-config").display(), shipped.display());
         fs::write(&program, text).expect("a file of the test");
         fs::set_permissions(&program, Permissions::from_mode(0o755)).expect("a file of the test");
-        for node in [&mut pair.primary, &mut pair.standby] {
+        pair.wait_drained(LIMIT);
+        for node in [&pair.primary, &pair.standby] {
             let mut config = fs::read_to_string(&node.config).expect("a configuration");
             config += &format!("\n[hooks]\nmerge = \"{}\"\n", program.display());
             fs::write(&node.config, config).expect("a file of the test");

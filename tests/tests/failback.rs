@@ -295,3 +295,8 @@ fn failback_sdbox() {
 fn failback_mdbox() {
     with_dovecot(Layout::Mdbox);
 }
+
+#[test]
+fn failback_mbox() {
+    with_dovecot(Layout::Mbox);
+}

@@ -11,11 +11,11 @@ use rustix::io::Errno;
 use twinbox_protocol::entry::{Entry, Kind, Time};
 use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
-use twinbox_protocol::rejoin::{Flags, Merge, Place, Task};
+use twinbox_protocol::rejoin::{Ask, Flags, Merge, Place, Task};
 use twinbox_resync::boxes::dbox::{self, Message};
 use twinbox_resync::boxes::log::{Said, index_id};
-use twinbox_resync::boxes::{self, MAILS, STORAGE, canonical};
-use twinbox_resync::reconcile::{Item, Outcome, Part, Tail, What, before, folder_moves};
+use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, canonical, fingerprint, mbox};
+use twinbox_resync::reconcile::{Boxes, Item, Outcome, Part, Tail, Theirs, What, before, folder_moves};
 
 use super::tail::{Differs, TailError};
 use crate::tree::Root;
@@ -55,8 +55,8 @@ struct Reader<'a> {
     root: &'a Root,
 }
 
-/// All of it, as items that are not decided on but for what cannot be merged.
-pub(super) fn items(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -> Result<Vec<Item>, TailError> {
+/// Of dbox, as items that are not decided on but for what cannot be merged.
+pub(super) fn dbox(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -> Result<Boxes, TailError> {
     let reader = Reader { all, moves: folder_moves(tail), root };
     let mut mailboxes: BTreeMap<(RelPath, RelPath), Mailbox> = BTreeMap::new();
     let mut stores: BTreeSet<RelPath> = BTreeSet::new();
@@ -92,7 +92,7 @@ pub(super) fn items(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) 
             reader.sdbox(&owner, &mailboxes, &mut items);
         }
     }
-    Ok(items)
+    Ok(Boxes { items, ..Boxes::default() })
 }
 
 fn join(dir: &RelPath, names: &[&[u8]]) -> RelPath {
@@ -230,13 +230,15 @@ impl Reader<'_> {
     fn message(&self, owner: &RelPath, mailbox: &RelPath, path: RelPath, held: &Held, flags: Flags) -> Item {
         let Held { file, message, entry, whole } = held;
         let part = Part { file: file.clone(), bytes: message.bytes.clone(), whole: whole.then(|| entry.hash()).flatten() };
-        let why = if message.is_split {
-            Some("its attachments are kept in other files")
-        } else if message.bytes.end - message.bytes.start > MESSAGE_MAX {
-            Some("it is too large")
-        } else {
-            None
-        };
+        let why = message.is_split.then_some("its attachments are kept in other files");
+        let mtime = message.received.map_or(entry.mtime, |secs| Time { secs, nanos: 0 });
+        self.sent(owner, mailbox, path, part, flags, &Entry { mtime, ..entry.clone() }, why)
+    }
+
+    /// The same; `why`: it cannot be.
+    #[allow(clippy::too_many_arguments)]
+    fn sent(&self, owner: &RelPath, mailbox: &RelPath, path: RelPath, part: Part, flags: Flags, entry: &Entry, why: Option<&str>) -> Item {
+        let why = why.or_else(|| (part.bytes.end - part.bytes.start > MESSAGE_MAX).then_some("it is too large"));
         let item = Item { what: What::Message, path, from: None, outcome: Outcome::Merge, merge: None, part: Some(part.clone()) };
         let bytes = match why {
             None => bytes(self.root, &part).ok_or("it cannot be read"),
@@ -246,8 +248,7 @@ impl Reader<'_> {
             Err(why) => Item { outcome: Outcome::Rescue { why: why.into() }, ..item },
             Ok(bytes) => {
                 let kind = Kind::File { size: bytes.len() as u64, hash: ContentHash::of(&bytes) };
-                let mtime = message.received.map_or(entry.mtime, |secs| Time { secs, nanos: 0 });
-                let entry = Entry { kind, mtime, xattrs: vec![], ..entry.clone() };
+                let entry = Entry { kind, xattrs: vec![], ..entry.clone() };
                 let task = Task::Import { mailbox: mailbox.clone(), flags, entry };
                 Item { merge: Some(Merge::Server { owner: owner.clone(), task }), ..item }
             }
@@ -394,5 +395,226 @@ pub(super) fn bytes(root: &Root, part: &Part) -> Option<Vec<u8>> {
     let file = File::from(root.file(&part.file).ok()?);
     let mut bytes = vec![0; usize::try_from(part.bytes.end.checked_sub(part.bytes.start)?).ok()?];
     file.read_exact_at(&mut bytes, part.bytes.start).ok()?;
-    Some(canonical(&bytes))
+    // Messages of dbox are whole files or lie in its storage; of mbox the server's headers are no part.
+    let is_mbox = !boxes::is_the_servers_own(&part.file);
+    Some(canonical(&if is_mbox { mbox::stripped(&bytes) } else { bytes }))
+}
+
+/// Whose mailbox files lie in a directory: the topmost one above it, or itself, that has a directory of indexes.
+pub(super) fn mbox_owner(root: &Root, dir: &RelPath, known: &mut HashMap<RelPath, bool>) -> Option<RelPath> {
+    let mut above: Vec<RelPath> = std::iter::successors(Some(dir.clone()), RelPath::parent).collect();
+    above.reverse();
+    let has = |dir: &RelPath| dir.join(INDEXES).is_some_and(|indexes| root.dir_for_reading(&indexes).is_ok());
+    above.into_iter().find(|dir| *known.entry(dir.clone()).or_insert_with(|| has(dir)))
+}
+
+/// A message of an mbox file that may have come after the fork.
+struct Candidate {
+    owner: RelPath,
+    mailbox: RelPath,
+    at_fork: RelPath,
+    file: RelPath,
+    uid: u32,
+    print: ContentHash,
+    flags: Flags,
+    part: Part,
+    entry: Entry,
+}
+
+impl Candidate {
+    fn ask(&self) -> Ask {
+        Ask::Mail { owner: self.owner.clone(), mailbox: self.at_fork.clone(), print: self.print }
+    }
+}
+
+/// What mbox files and their indexes say. There a message has no name: whether it came after the fork is known once it is known what the other node has.
+pub(super) struct Mboxes {
+    boxes: Boxes,
+    mailboxes: BTreeMap<(RelPath, RelPath), Mailbox>,
+    /// Names of now, by those of the fork.
+    now: HashMap<(RelPath, RelPath), RelPath>,
+    candidates: Vec<Candidate>,
+}
+
+/// The mailbox file that has its indexes in a directory.
+fn mbox_file(owner: &RelPath, index: &RelPath) -> Option<RelPath> {
+    index.parent()?.parent()?.join(index.name()).filter(|file| file.is_within(owner))
+}
+
+/// Reads them.
+pub(super) fn mboxes(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -> Result<Mboxes, TailError> {
+    let reader = Reader { all, moves: folder_moves(tail), root };
+    let mut owners = HashMap::new();
+    let mut read = Mboxes { boxes: Boxes::default(), mailboxes: BTreeMap::new(), now: HashMap::new(), candidates: vec![] };
+    for (path, it) in all {
+        let is_dir =
+            [it.ours.as_ref().map(|(entry, _)| entry), it.fork.as_ref().map(|row| &row.entry)].into_iter().flatten().any(Entry::is_dir);
+        let Some(owner) = path.parent().and_then(|dir| mbox_owner(root, &dir, &mut owners)) else { continue };
+        let Some(name) = boxes::mbox_name(&owner, path) else { continue };
+        let in_indexes = path.as_bytes().split(|byte| *byte == b'/').any(|part| part == INDEXES);
+        if is_dir {
+            read.boxes.places.insert(path.clone(), (owner, name));
+        } else if in_indexes {
+            read.boxes.own.insert(path.clone());
+        } else if path.name() != b"subscriptions" {
+            reader.mbox(&mut read, path, it, owner, name)?;
+        }
+    }
+    Ok(read)
+}
+
+impl Mboxes {
+    /// What has to be known of the other node.
+    pub(super) fn questions(&self) -> BTreeSet<Ask> {
+        self.candidates.iter().map(Candidate::ask).collect()
+    }
+
+    /// As items.
+    pub(super) fn items(self, all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root, theirs: &Theirs) -> Boxes {
+        let reader = Reader { all, moves: folder_moves(tail), root };
+        let Mboxes { mut boxes, mailboxes, now, candidates } = self;
+        let mut moved: BTreeSet<((RelPath, RelPath), u32)> = BTreeSet::new();
+        for it in &candidates {
+            let label = join(&it.file, &[format!("UID {}", it.uid).as_bytes()]);
+            let found = theirs.get(&it.ask()).and_then(|found| {
+                let uid = std::str::from_utf8(found.path.name().strip_prefix(b"UID ")?).ok()?.parse::<u32>().ok()?;
+                Some((boxes::mbox_name(&it.owner, &found.path.parent()?)?, uid))
+            });
+            match found {
+                // Both have it.
+                Some((name, _)) if name == it.at_fork => continue,
+                Some((name, uid)) => {
+                    let there = (it.owner.clone(), now.get(&(it.owner.clone(), name.clone())).cloned().unwrap_or(name));
+                    let of = mailboxes.get(&there).filter(|of| of.said.went.contains_key(&uid) && !moved.contains(&(there.clone(), uid)));
+                    if let Some(of) = of {
+                        moved.insert((there.clone(), uid));
+                        let from = boxes::mbox_index(&there.0, &there.1).unwrap_or_default();
+                        let from = join(&from, &[format!("UID {uid}").as_bytes()]);
+                        boxes.items.push(reader.moved(&it.owner, (&there.1, of, uid), &it.mailbox, label, from));
+                        continue;
+                    }
+                }
+                None => {}
+            }
+            boxes.items.push(reader.sent(&it.owner, &it.mailbox, label, it.part.clone(), it.flags.clone(), &it.entry, None));
+        }
+        for ((owner, name), mailbox) in &mailboxes {
+            let dir = boxes::mbox_index(owner, name).unwrap_or_default();
+            let label = |uid: u32| join(&dir, &[format!("UID {uid}").as_bytes()]);
+            let gone: BTreeSet<u32> = mailbox.said.went.keys().copied().collect();
+            let here = (owner.clone(), name.clone());
+            for uid in gone.iter().filter(|uid| !mailbox.said.came.contains(uid) && !moved.contains(&(here.clone(), **uid))) {
+                boxes.items.push(deleted(label(*uid)));
+            }
+            reader.marked(owner, name, mailbox, label, &gone, &mut boxes.items);
+        }
+        boxes
+    }
+}
+
+impl Reader<'_> {
+    fn mbox(&self, read: &mut Mboxes, path: &RelPath, it: &Differs, owner: RelPath, name: RelPath) -> Result<(), TailError> {
+        let Some(index) = boxes::mbox_index(&owner, &name) else { return Ok(()) };
+        let index_was = self.at_fork(&index);
+        let was = if index_was == index { path.clone() } else { mbox_file(&owner, &index_was).unwrap_or_else(|| path.clone()) };
+        let Some((entry, _)) = &it.ours else {
+            // It went, with its indexes or to another name.
+            if it.fork.as_ref().is_some_and(|row| row.entry.hash().is_some()) && self.all.get(&index).is_some_and(|it| it.ours.is_none()) {
+                read.boxes.own.insert(path.clone());
+                let moved = self.moves.values().any(|from| index.is_within(from));
+                if !moved {
+                    let outcome = stays("deletions are not repeated: mail comes back rather than vanishes");
+                    read.boxes.items.push(Item {
+                        what: What::FolderDeletion,
+                        path: path.clone(),
+                        from: None,
+                        outcome,
+                        merge: None,
+                        part: None,
+                    });
+                }
+            }
+            return Ok(());
+        };
+        if entry.hash().is_none() {
+            return Ok(());
+        }
+        let file = self.open(path)?;
+        let failed =
+            |error: std::io::Error| TailError::Disk { path: path.clone(), source: Errno::from_io_error(&error).unwrap_or(Errno::IO) };
+        let found = match mbox::messages(&file, 0) {
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => return Ok(()), // A file like others.
+            other => other.map_err(failed)?,
+        };
+        read.boxes.own.insert(path.clone());
+        if was != *path {
+            read.boxes.moved.insert(path.clone(), was.clone());
+        }
+        let fork = self.all.get(&was).and_then(|it| it.fork.as_ref()).map(|row| row.entry.clone());
+        if fork.is_none() && was == *path {
+            let merge = Some(Merge::Server { owner: owner.clone(), task: Task::Create { mailbox: name.clone() } });
+            read.boxes.items.push(Item { what: What::Folder, path: path.clone(), from: None, outcome: Outcome::Merge, merge, part: None });
+        }
+        let mut mailbox = Mailbox::default();
+        let log = join(&index, &[LOG]);
+        if self.all.get(&log).is_some_and(|it| it.ours.is_some()) {
+            self.log(&log, &mut mailbox)?;
+        }
+        let at_fork = boxes::mbox_name(&owner, &index_was).unwrap_or_else(|| name.clone());
+        read.now.insert((owner.clone(), at_fork.clone()), name.clone());
+        self.candidates(read, (&owner, &name, at_fork), path, (&file, entry), &found, &mailbox, fork.is_none());
+        read.mailboxes.insert((owner, name), mailbox);
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn candidates(
+        &self,
+        read: &mut Mboxes,
+        (owner, name, at_fork): (&RelPath, &RelPath, RelPath),
+        path: &RelPath,
+        (file, entry): (&File, &Entry),
+        found: &[mbox::Message],
+        mailbox: &Mailbox,
+        all: bool,
+    ) {
+        let said = &mailbox.said;
+        let first = said.came.first().copied();
+        let is_old = |uid: u32| !said.came.contains(&uid) && first.is_none_or(|first| uid < first);
+        // Those that are not numbered yet got the last numbers, in order.
+        let numbered: BTreeSet<u32> = found.iter().filter_map(|message| message.uid).collect();
+        let free: Vec<u32> = said.came.iter().copied().filter(|uid| !numbered.contains(uid) && !said.went.contains_key(uid)).collect();
+        let unnumbered = found.iter().filter(|message| message.uid.is_none()).count();
+        let known = free.len() == unnumbered;
+        let mut free = free.into_iter();
+        for message in found {
+            if message.uid.is_some_and(|uid| is_old(uid) && !all && !mailbox.is_unknown) {
+                continue;
+            }
+            let uid = message.uid.or_else(|| free.next().filter(|_| known));
+            let part = Part { file: path.clone(), bytes: message.bytes.clone(), whole: None };
+            let mut bytes = vec![0; usize::try_from(message.bytes.end - message.bytes.start).unwrap_or(0).min(MESSAGE_MAX as usize)];
+            if file.read_exact_at(&mut bytes, message.bytes.start).is_err() {
+                continue;
+            }
+            let mut flags: Flags = message.flags.iter().filter(|flag| *flag != "T").cloned().collect();
+            if let Some(marked) = uid.and_then(|uid| said.marked.get(&uid)) {
+                flags.extend(marked.set.iter().cloned());
+                flags.retain(|flag| !marked.clear.contains(flag));
+            }
+            let mut entry = entry.clone();
+            entry.mtime = message.received.map_or(entry.mtime, |secs| Time { secs, nanos: 0 });
+            read.candidates.push(Candidate {
+                owner: owner.clone(),
+                mailbox: name.clone(),
+                at_fork: at_fork.clone(),
+                file: path.clone(),
+                uid: uid.unwrap_or(0),
+                print: fingerprint(&mbox::stripped(&bytes)),
+                flags,
+                part,
+                entry,
+            });
+        }
+    }
 }

@@ -21,7 +21,7 @@ use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 use twinbox_protocol::rejoin::{Flags, Merged, Place, Task};
 use twinbox_resync::boxes::log::index_id;
-use twinbox_resync::boxes::{self, MAILS, STORAGE, dbox, fingerprint, folder_name};
+use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, dbox, fingerprint, folder_name, mbox};
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::rows::Rows;
 
@@ -46,6 +46,8 @@ pub(super) struct Program {
     lent: Lent,
     /// By where they are, and the mailbox (mdbox: any).
     fresh: BTreeMap<RelPath, HashMap<Vec<u8>, Fresh>>,
+    /// By whose they are; as they were when first asked for.
+    mboxes: HashMap<RelPath, Mboxes>,
 }
 
 fn disk(path: &RelPath) -> impl Fn(Errno) -> StoreError {
@@ -61,15 +63,43 @@ fn join(dir: &RelPath, names: &[&[u8]]) -> RelPath {
     names.iter().fold(dir.clone(), |at, name| at.join(name).unwrap_or(at))
 }
 
-/// Directory of a mailbox.
+/// Directory of a dbox mailbox.
 fn mailbox_dir(owner: &RelPath, mailbox: &RelPath) -> RelPath {
     let names: Vec<&[u8]> = mailbox.as_bytes().split(|byte| *byte == b'/').collect();
     join(&join(owner, &[b"mailboxes"]), &names)
 }
 
+/// How somebody's mail is kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Sdbox,
+    Mdbox,
+    Mbox,
+}
+
+fn format(root: &Root, owner: &RelPath) -> Format {
+    let has = |name: &[u8]| root.dir_for_reading(&join(owner, &[name])).is_ok();
+    match (has(STORAGE), has(INDEXES)) {
+        (true, _) => Format::Mdbox,
+        (_, true) => Format::Mbox,
+        _ => Format::Sdbox,
+    }
+}
+
+/// The file of an mbox mailbox.
+fn mbox_file(root: &Root, owner: &RelPath, mailbox: &RelPath) -> RelPath {
+    let names: Vec<&[u8]> = mailbox.as_bytes().split(|byte| *byte == b'/').collect();
+    let file = join(owner, &names);
+    if mailbox.as_bytes() != b"INBOX" || root.stat(&file).is_ok_and(|stat| stat.is_some()) {
+        return file;
+    }
+    let listed = root.dir_for_reading(owner).and_then(|dir| tree::list(dir.as_fd())).unwrap_or_default();
+    listed.into_iter().find(|item| item.name.eq_ignore_ascii_case(b"inbox")).and_then(|item| owner.join(&item.name)).unwrap_or(file)
+}
+
 impl Program {
     pub(super) fn new(lent: &Lent) -> Self {
-        Program { lent: lent.clone(), fresh: BTreeMap::new() }
+        Program { lent: lent.clone(), fresh: BTreeMap::new(), mboxes: HashMap::new() }
     }
 
     fn tool(&self) -> Option<Tool> {
@@ -92,9 +122,11 @@ impl Program {
     ) -> Result<Merged, StoreError> {
         let Some(tool) = self.tool() else { return Ok(kept("that node has no [hooks] merge program")) };
         let exists = |mailbox: &RelPath| {
-            let dir = mailbox_dir(owner, mailbox);
-            let stat = root.stat(&dir).map_err(disk(&dir))?;
-            Ok::<_, StoreError>(stat.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory))
+            let place = match format(root, owner) {
+                Format::Mbox => mbox_file(root, owner, mailbox),
+                Format::Sdbox | Format::Mdbox => mailbox_dir(owner, mailbox),
+            };
+            Ok::<_, StoreError>(root.stat(&place).map_err(disk(&place))?.is_some())
         };
         match task {
             Task::Import { mailbox, flags, entry } => self.import(&tool, (root, manifest), (owner, mailbox), flags, entry, bytes),
@@ -145,7 +177,11 @@ impl Program {
 
     /// Another mailbox has the name by now, or none.
     fn is_another(&self, root: &Root, owner: &RelPath, at: &Place) -> Result<Option<Merged>, StoreError> {
-        let log = join(&mailbox_dir(owner, &at.mailbox), &[MAILS, b"dovecot.index.log"]);
+        let index = match format(root, owner) {
+            Format::Mbox => boxes::mbox_index(owner, &at.mailbox).unwrap_or_default(),
+            Format::Sdbox | Format::Mdbox => join(&mailbox_dir(owner, &at.mailbox), &[MAILS]),
+        };
+        let log = join(&index, &[b"dovecot.index.log"]);
         let mut head = vec![0; 64];
         let read = root.file(&log).map(File::from).and_then(|file| file.read_at(&mut head, 0).map_err(|error| os(&error)));
         match read {
@@ -277,8 +313,12 @@ impl Program {
         mailbox: &RelPath,
         print: ContentHash,
     ) -> Result<bool, StoreError> {
+        let format = format(root, owner);
+        if format == Format::Mbox {
+            return self.is_in_mbox(root, owner, mailbox, print);
+        }
         let storage = join(owner, &[STORAGE]);
-        let multi = root.stat(&storage).map_err(disk(&storage))?.is_some();
+        let multi = format == Format::Mdbox;
         let dir = if multi { storage } else { join(&mailbox_dir(owner, mailbox), &[MAILS]) };
         let listed = match root.dir_for_reading(&dir) {
             Ok(fd) => tree::list(fd.as_fd()).map_err(disk(&dir))?,
@@ -326,6 +366,99 @@ impl Program {
         let names = [mailbox.as_bytes().to_vec(), folder_name(mailbox.as_bytes()).into_bytes(), b"one".to_vec()];
         Ok(names.iter().any(|name| fresh.get(name).is_some_and(|fresh| fresh.seen.contains(&print))))
     }
+}
+
+impl Program {
+    /// The same of an mbox file, in which the mail server rewrites what it likes: new messages are at its end.
+    fn is_in_mbox(&mut self, root: &Root, owner: &RelPath, mailbox: &RelPath, print: ContentHash) -> Result<bool, StoreError> {
+        let path = mbox_file(root, owner, mailbox);
+        let fresh = self.fresh.entry(path.clone()).or_default().entry(vec![]).or_default();
+        let before = fresh.read.get(&path).copied();
+        if before.is_some() && fresh.seen.contains(&print) {
+            return Ok(true);
+        }
+        let file = match root.file(&path) {
+            Ok(file) => File::from(file),
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(false),
+            Err(source) => return Err(disk(&path)(source)),
+        };
+        let failed = |error: std::io::Error| disk(&path)(os(&error));
+        let len = file.metadata().map_err(failed)?.len();
+        // First what came at the end since it was last read; then, if it is not there, all of it.
+        for from in before.map(|before| before.saturating_sub(MBOX_SHIFT)).filter(|from| *from > 0).into_iter().chain([0]) {
+            for message in mbox::messages(&file, from).unwrap_or_default() {
+                fresh.seen.insert(mbox_print(&file, &message).map_err(failed)?);
+            }
+            if fresh.seen.contains(&print) {
+                break;
+            }
+        }
+        fresh.read.insert(path, len);
+        Ok(fresh.seen.contains(&print))
+    }
+
+    /// Where a message is in somebody's mbox files: in this mailbox, or else in another one.
+    pub(super) fn find(
+        &mut self,
+        root: &Root,
+        owner: &RelPath,
+        mailbox: &RelPath,
+        print: ContentHash,
+    ) -> Result<Option<RelPath>, StoreError> {
+        if !self.mboxes.contains_key(owner) {
+            let all = index_mboxes(root, owner)?;
+            self.mboxes.insert(owner.clone(), all);
+        }
+        let file = mbox_file(root, owner, mailbox);
+        let places = self.mboxes.get(owner).and_then(|all| all.get(&print));
+        let found = places.and_then(|places| places.iter().find(|(path, _)| *path == file).or_else(|| places.first()));
+        Ok(found.and_then(|(path, uid)| path.join(format!("UID {uid}").as_bytes())))
+    }
+}
+
+/// Dovecot's headers move what is behind them by less.
+const MBOX_SHIFT: u64 = 1 << 20;
+
+fn mbox_print(file: &File, message: &mbox::Message) -> std::io::Result<ContentHash> {
+    let size = (message.bytes.end - message.bytes.start).min(MESSAGE_MAX);
+    let mut bytes = vec![0; size as usize];
+    file.read_exact_at(&mut bytes, message.bytes.start)?;
+    Ok(fingerprint(&mbox::stripped(&bytes)))
+}
+
+/// Messages of mbox files, by their bytes: file and UID.
+type Mboxes = HashMap<ContentHash, Vec<(RelPath, u32)>>;
+
+/// All messages of somebody's mbox files.
+fn index_mboxes(root: &Root, owner: &RelPath) -> Result<Mboxes, StoreError> {
+    let (mut all, mut stack) = (Mboxes::new(), vec![owner.clone()]);
+    while let Some(dir) = stack.pop() {
+        let listed = match root.dir_for_reading(&dir) {
+            Ok(fd) => tree::list(fd.as_fd()).map_err(disk(&dir))?,
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            Err(source) => return Err(disk(&dir)(source)),
+        };
+        for item in listed {
+            let Some(path) = dir.join(&item.name).filter(|_| item.name != INDEXES) else { continue };
+            match item.kind {
+                FileType::Directory => stack.push(path),
+                FileType::RegularFile => {
+                    let file = match root.file(&path) {
+                        Ok(file) => File::from(file),
+                        Err(Errno::NOENT) => continue,
+                        Err(source) => return Err(disk(&path)(source)),
+                    };
+                    // What is no mbox file has no messages.
+                    for message in mbox::messages(&file, 0).unwrap_or_default() {
+                        let print = mbox_print(&file, &message).map_err(|error| disk(&path)(os(&error)))?;
+                        all.entry(print).or_default().push((path.clone(), message.uid.unwrap_or(0)));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// As IMAP names them: letters of a Maildir's names, and keywords.

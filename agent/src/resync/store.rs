@@ -178,6 +178,13 @@ impl Store {
         let path = match ask {
             Ask::Path(path) => Some(path.clone()),
             Ask::Message { folder, unique } => self.message(folder, unique)?,
+            Ask::Mail { owner, mailbox, print } => {
+                let Some(path) = self.program.find(&self.replica.root, owner, mailbox, *print)? else { return Ok(None) };
+                let file = path.parent().unwrap_or_default();
+                let stat = self.replica.root.stat(&file).map_err(|source| StoreError::Disk { path: file, source })?;
+                let entry = stat.as_ref().and_then(unread);
+                return Ok(entry.map(|entry| Found { path, entry, flags: Flags::new() }));
+            }
         };
         let Some(path) = path else { return Ok(None) };
         let flags = self.flags(&path);

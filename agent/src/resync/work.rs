@@ -368,15 +368,21 @@ impl Job {
         // A state that was put back from a copy does not know what it did after that: its flags and folders may be old ones.
         let older = known.reserved < fork.lsn && other.since.is_none();
         let policy = if older { Policy::Rescue } else { self.policy };
-        let mut items = vec![];
-        let mail = match self.spec.layout.as_str() {
-            "maildir" => Mail::Maildir,
-            "sdbox" | "mdbox" => {
-                progress("reading the mail server's files", 0, None);
-                items = boxes::items(&differences, &tail, &self.root()?)?;
-                Mail::Boxes(&items)
+        progress("reading the mail server's files", 0, None);
+        let root = self.root()?;
+        let boxes = match self.spec.layout.as_str() {
+            "sdbox" | "mdbox" => Some(boxes::dbox(&differences, &tail, &root)?),
+            "mbox" => {
+                let read = boxes::mboxes(&differences, &tail, &root)?;
+                let known = other.remote.find(read.questions()).await?;
+                Some(read.items(&differences, &tail, &root, &known))
             }
-            _ => Mail::None,
+            _ => None,
+        };
+        let mail = match &boxes {
+            Some(boxes) => Mail::Boxes(boxes),
+            None if self.spec.layout == "maildir" => Mail::Maildir,
+            None => Mail::None,
         };
         let mut plan = reconcile(&tail, mail, policy, &theirs);
         if !changes.has_program {

@@ -3,6 +3,7 @@
 
 pub mod dbox;
 pub mod log;
+pub mod mbox;
 
 use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
@@ -11,6 +12,8 @@ use twinbox_protocol::path::RelPath;
 pub const MAILS: &[u8] = b"dbox-Mails";
 /// Directory below which a user's mailboxes are.
 const MAILBOXES: &[u8] = b"mailboxes";
+/// Directory beside mbox files in which their indexes are.
+pub const INDEXES: &[u8] = b".imap";
 /// Directory of mdbox's messages.
 pub const STORAGE: &[u8] = b"storage";
 
@@ -22,6 +25,26 @@ pub fn place(path: &RelPath) -> Option<(RelPath, RelPath)> {
     let end = names.iter().position(|name| *name == MAILS).unwrap_or(names.len());
     let mailbox = names.get(at + 1..end).filter(|mailbox| !mailbox.is_empty())?;
     Some((RelPath::new(&names[..at].join(&b'/')).ok()?, RelPath::new(&mailbox.join(&b'/')).ok()?))
+}
+
+/// The index directory of an mbox file `mailbox` below `owner`.
+#[must_use]
+pub fn mbox_index(owner: &RelPath, mailbox: &RelPath) -> Option<RelPath> {
+    let dir = mailbox.parent().filter(|dir| !dir.is_root());
+    let names = dir.iter().flat_map(|dir| dir.as_bytes().split(|byte| *byte == b'/'));
+    names.chain([INDEXES, mailbox.name()]).try_fold(owner.clone(), |at, name| at.join(name))
+}
+
+/// The mailbox that a file below `owner` is, or that has its indexes in a directory there.
+#[must_use]
+pub fn mbox_name(owner: &RelPath, path: &RelPath) -> Option<RelPath> {
+    let inside = path.rebase(owner, &RelPath::root()).filter(|inside| !inside.is_root())?;
+    let names: Vec<&[u8]> = inside.as_bytes().split(|byte| *byte == b'/').filter(|name| *name != INDEXES).collect();
+    match names.as_slice() {
+        [] => None,
+        [one] if one.eq_ignore_ascii_case(b"inbox") => RelPath::new(b"INBOX").ok(),
+        names => RelPath::new(&names.join(&b'/')).ok(),
+    }
 }
 
 /// UID of the sdbox message that a path is.
