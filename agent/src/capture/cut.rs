@@ -68,6 +68,7 @@ impl Engine {
         }
         let boundary = self.root.surely_before(wall());
         self.boundary()?;
+        self.scan.settle();
         if !self.can_cut() {
             return Ok(true); // The events asked for a comparison first.
         }

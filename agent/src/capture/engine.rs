@@ -802,6 +802,10 @@ impl Engine {
             self.ahead_moved(&from.path, to);
             let fresh = super::ahead::take_within(&mut self.fresh, &from.path);
             self.fresh.extend(fresh.into_iter().filter_map(|(path, ino)| Some((path.rebase(&from.path, to)?, ino))));
+            if !from.is_dir && self.complete && !self.scan.is_settled() {
+                // It may have come while nobody watched, and have gone past the comparison: from where that has not been to where it has.
+                self.fresh.insert(to.clone(), None);
+            }
             let (grouping, watch) = (&self.config.grouping, &self.watch);
             let group_of = |path: &RelPath| grouping.group_of(path.as_bytes(), watch.at(path).is_some()).to_vec();
             self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now(), group_of);

@@ -649,6 +649,40 @@ fn a_message_moved_while_nobody_watched_is_never_nowhere_though_the_manifest_was
 }
 
 #[test]
+fn a_message_moved_while_nobody_watched_is_never_nowhere_though_it_moves_on_while_it_is_looked_for() {
+    for moment in 0..30 {
+        for (here, there) in [("b/1/x", "b/2/x"), ("b/2/x", "b/1/x")] {
+            let mut rig = started(&["a", "b/1", "b/2"]);
+            fs::write(rig.root.join("a/x"), b"mail").unwrap();
+            rig.settle();
+            rig.somewhere = vec!["a/x", here, there];
+            rig.disconnect();
+            fs::rename(rig.root.join("a/x"), rig.root.join(here)).unwrap();
+            fs::write(rig.root.join("b/big"), big()).unwrap(); // Where it is now waits.
+            rig.engine.boundary().unwrap();
+            rig.engine.sets.clear();
+            rig.engine.fresh.clear();
+            rig.engine.scan.forget_inodes();
+            rig.engine.compare = true;
+            rig.stage = false;
+            let (root, mut calls) = (rig.root.clone(), 0);
+            rig.engine.meanwhile = Some(Box::new(move || {
+                if calls == moment {
+                    fs::rename(root.join(here), root.join(there)).unwrap();
+                }
+                calls += 1;
+            }));
+            rig.connect();
+            (0..20).for_each(|_| rig.turn());
+            rig.stage = true;
+            rig.settle();
+            rig.engine.meanwhile = None;
+            rig.check();
+        }
+    }
+}
+
+#[test]
 fn a_large_file_changed_under_one_name_is_changed_under_the_other() {
     let mut rig = started(&["u"]);
     fs::write(rig.root.join("u/a"), big()).unwrap();

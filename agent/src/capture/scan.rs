@@ -77,11 +77,14 @@ pub(super) struct Scan {
     stack: Vec<RelPath>,
     open: Option<Listing>,
     looked_at: u64,
+    /// Something was compared, and events may be on their way that came while it was.
+    unsettled: bool,
 }
 
 impl Scan {
     /// A directory is to be compared, with everything below it.
     pub(super) fn push(&mut self, dir: RelPath) {
+        self.unsettled = true;
         if self.stack.last() != Some(&dir) {
             self.stack.push(dir);
         }
@@ -91,8 +94,18 @@ impl Scan {
     pub(super) fn restart(&mut self) -> bool {
         let fresh = self.open.is_some() || self.stack.first().is_none_or(|d| !d.is_root());
         self.clear();
-        self.stack.push(RelPath::root());
+        self.push(RelPath::root());
         fresh
+    }
+
+    /// All that happened while something was compared has been taken from the queue.
+    pub(super) fn is_settled(&self) -> bool {
+        !self.unsettled
+    }
+
+    /// The queue was taken up to a moment ago.
+    pub(super) fn settle(&mut self) {
+        self.unsettled &= !self.is_done();
     }
 
     /// The next comparison is as the first one of a life.
