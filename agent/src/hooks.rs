@@ -178,7 +178,11 @@ impl Tool {
     /// [`HookError`].
     pub async fn run(&self, hook: Hook, environment: &[(&str, OsString)]) -> Result<(), HookError> {
         let (name, program, owned) = (hook.as_str(), &self.program, self.program.clone());
-        tracing::info!(hook = name, program = %program.display(), "hook begins");
+        // One for each message of a resync would hide the rest.
+        let often = hook == Hook::Merge;
+        if !often {
+            tracing::info!(hook = name, program = %program.display(), "hook begins");
+        }
         let mut child = command(program, name, environment).spawn().map_err(|source| HookError::Start {
             hook: name,
             program: owned.clone(),
@@ -202,7 +206,9 @@ impl Tool {
             Err(_) => Err(HookError::TooLong { hook: name, program: owned, limit: self.timeout }),
             Ok(Err(source)) => Err(HookError::Start { hook: name, program: owned, source }),
             Ok(Ok(status)) if status.success() => {
-                tracing::info!(hook = name, "hook is through");
+                if !often {
+                    tracing::info!(hook = name, "hook is through");
+                }
                 Ok(())
             }
             Ok(Ok(status)) => Err(HookError::Failed { hook: name, program: owned, status }),

@@ -173,6 +173,12 @@ impl Selection {
         Selection { layout, exclude }
     }
 
+    /// Its layout.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
     /// Whether `path` is never mirrored, because of its own name or of a directory above it.
     #[must_use]
     pub fn excludes(&self, path: &[u8], is_dir: bool) -> bool {

@@ -172,6 +172,8 @@ pub enum Task {
         flags: Flags,
         /// Size and hash of the bytes that follow; owner; when it was received.
         entry: Entry,
+        /// By what it is known whatever a mail server adds to it.
+        print: ContentHash,
     },
     /// Set and clear flags of a message that both had.
     Flags {
@@ -184,12 +186,22 @@ pub enum Task {
         #[serde(deserialize_with = "flags")]
         clear: Flags,
     },
-    /// Move a message that both had.
+    /// Move a message that both had, with its flags changed.
     Move {
         /// Where it is.
         at: Place,
         /// Into which mailbox.
         to: RelPath,
+        /// By what it is known there: its bytes,
+        print: ContentHash,
+        /// or its GUID, hex, where it has one.
+        guid: String,
+        /// To be set.
+        #[serde(deserialize_with = "flags")]
+        set: Flags,
+        /// To be cleared.
+        #[serde(deserialize_with = "flags")]
+        clear: Flags,
     },
     /// Give a mailbox another name.
     Rename {

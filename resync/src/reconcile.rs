@@ -107,6 +107,17 @@ pub struct Item {
     pub part: Option<Part>,
 }
 
+impl Item {
+    /// By what its message is recognised, if it is given as a new one.
+    #[must_use]
+    pub fn print(&self) -> Option<ContentHash> {
+        match &self.merge {
+            Some(Merge::Server { task: Task::Import { print, .. }, .. }) => Some(*print),
+            _ => None,
+        }
+    }
+}
+
 /// A message within a file.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Part {
@@ -114,6 +125,8 @@ pub struct Part {
     pub file: RelPath,
     /// Its bytes there.
     pub bytes: std::ops::Range<u64>,
+    /// Headers of the mail server's own are among them.
+    pub is_mbox: bool,
     /// Content of a file that has nothing else that is wanted: with its message on the other node nobody needs it.
     pub whole: Option<ContentHash>,
 }
@@ -529,7 +542,13 @@ impl<'a> Reconciler<'a> {
                 self.plan.own += 1;
                 // Gone to another name with its folder it is as it was.
                 let was = boxes.and_then(|boxes| boxes.moved.get(path).cloned()).or_else(|| before(&self.moves, path));
-                let as_it_was = was.and_then(|was| self.tail.get(&was)).is_some_and(|then| content(&then.fork) == content(&change.ours));
+                let as_it_was = was.is_some_and(|was| {
+                    let then = self.tail.get(&was).is_some_and(|then| content(&then.fork) == content(&change.ours));
+                    // And the other node has it still, under one name or the other.
+                    let there =
+                        |path: &RelPath| self.at(path).is_some_and(|found| content(&Some(found.entry.clone())) == content(&change.ours));
+                    then && (there(&was) || there(path))
+                });
                 if ours.is_some_and(|entry| Some(&entry.kind) != there) && !as_it_was {
                     self.plan.rescue.push(path.clone());
                 }

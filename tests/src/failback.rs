@@ -43,7 +43,14 @@ pub struct Site {
     /// Every message a server has accepted: its number ▶ its text.
     accepted: BTreeMap<usize, Vec<u8>>,
     rng: Rng,
+    /// Also what a resync could get wrong.
+    awkward: bool,
+    /// Message-ID of what one node has moved and the other one deleted.
+    deleted: Option<String>,
 }
+
+/// A keyword that is an option to a command that does not look.
+const KEYWORD: &str = "-uuser00";
 
 impl Site {
     /// `alpha` is primary; its users have folders and mail.
@@ -68,7 +75,90 @@ impl Site {
         }
         let rng = Rng::part(Seed::from_env().0, 811);
         let users = dovecot::users(USERS);
-        Site { layout, trees, pair, cable, scratch, users, accepted: BTreeMap::new(), rng }
+        Site { layout, trees, pair, cable, scratch, users, accepted: BTreeMap::new(), rng, awkward: false, deleted: None }
+    }
+
+    /// The tail has more in it than [`TAIL`]: messages read and moved, into a folder that is new, from where the other node deletes them; folders and flags with names that mean something to others.
+    #[must_use]
+    pub fn awkward(layout: Layout) -> Self {
+        Site { awkward: true, ..Self::new(layout) }
+    }
+
+    /// As they are in the inbox of the last user: one each.
+    fn one(&self, server: &Dovecot, n: usize) -> io::Result<(Imap, u64)> {
+        let mut imap = Imap::login(server.imap(), &self.users[USERS - 1])?;
+        imap.select("INBOX")?;
+        let uid = imap.uids()?[n];
+        Ok((imap, uid))
+    }
+
+    fn awkward_folders(&self, server: &Dovecot) -> io::Result<()> {
+        for folder in ["50% off", "all"] {
+            let (mut imap, uid) = self.one(server, 0)?;
+            must(&mut imap, &format!("CREATE {}", quoted(folder)))?;
+            must(&mut imap, &format!("UID MOVE {uid} {}", quoted(folder)))?;
+            imap.logout();
+        }
+        Ok(())
+    }
+
+    fn awkward_tail(&self, server: &Dovecot) -> io::Result<()> {
+        let (mut imap, uid) = self.one(server, 4)?;
+        let new = format!("New{}Sub", imap.separator()?);
+        must(&mut imap, &format!("CREATE {}", quoted(&new)))?;
+        imap.select("INBOX")?;
+        must(&mut imap, &format!("UID STORE {uid} +FLAGS (\\Seen)"))?;
+        must(&mut imap, &format!("UID MOVE {uid} {}", quoted(&new)))?;
+        let uid = imap.uids()?[4];
+        must(&mut imap, &format!("UID MOVE {uid} {}", quoted("Folder 1")))?;
+        for folder in ["50% off", "all"] {
+            imap.select(folder)?;
+            must(&mut imap, &format!("UID STORE 1:* +FLAGS (\\Flagged {KEYWORD})"))?;
+        }
+        imap.logout();
+        Ok(())
+    }
+
+    /// What gave way is kept.
+    fn is_kept(&self, id: &str) -> bool {
+        let mut stack = vec![self.node(0).state.join("mirrors/mail/rescue")];
+        while let Some(path) = stack.pop() {
+            if path.is_dir() {
+                stack.extend(fs::read_dir(path).expect("rescue").flatten().map(|item| item.path()));
+            } else if fs::read(path).is_ok_and(|bytes| bytes.windows(id.len()).any(|part| part == id.as_bytes())) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The other node deletes what the first one has moved.
+    fn awkward_after(&mut self, server: &Dovecot) -> io::Result<()> {
+        let (mut imap, uid) = self.one(server, 5)?;
+        let gone = imap.messages()?.into_iter().find(|message| message.uid == uid).expect("it is there").id;
+        // In mbox nothing says that it is the message that was moved: it comes back.
+        if self.layout != Layout::Mbox {
+            self.accepted.retain(|_, text| id_of(text) != gone);
+            self.deleted = Some(gone);
+        }
+        must(&mut imap, &format!("UID STORE {uid} +FLAGS (\\Deleted)"))?;
+        must(&mut imap, "EXPUNGE")?;
+        imap.logout();
+        Ok(())
+    }
+
+    fn awkward_end(&self, dump: &Dump) {
+        for (user, account) in dump {
+            for (name, mailbox) in &account.mailboxes {
+                let theirs = *user == self.users[USERS - 1];
+                let marked = mailbox.messages.iter().filter(|message| message.flags.iter().any(|flag| flag == KEYWORD)).count();
+                assert!(marked == 0 || (theirs && (name.contains("off") || name == "all")), "{user}/{name} has a flag of another's");
+                if name.contains("New") && name.ends_with("Sub") {
+                    let read = mailbox.messages.iter().filter(|message| message.flags.iter().any(|flag| flag == "\\Seen")).count();
+                    assert_eq!((mailbox.messages.len(), read), (1, 1), "the message that was read and moved into a new folder");
+                }
+            }
+        }
     }
 
     fn serve(&self, node: usize) -> Dovecot {
@@ -80,7 +170,7 @@ impl Site {
     fn deliver(&mut self, server: &Dovecot, count: usize) -> io::Result<()> {
         let mut lmtp = Lmtp::connect(server.lmtp())?;
         for _ in 0..count {
-            let n = self.accepted.len();
+            let n = self.accepted.keys().last().map_or(0, |last| last + 1);
             let message = mailload::message(&mut self.rng, n);
             let user = n % self.users.len(); // In turn: each has as many as the tail wants to take away.
             lmtp.deliver(&self.users[user..=user], &message)?;
@@ -103,7 +193,7 @@ impl Site {
             }
             imap.logout();
         }
-        Ok(())
+        if self.awkward { self.awkward_folders(server) } else { Ok(()) }
     }
 
     /// What nobody else will have: [`TAIL`].
@@ -138,6 +228,9 @@ impl Site {
             imap.logout();
         }
         assert_eq!(flagged, TAIL[1], "the inboxes are too small");
+        if self.awkward {
+            self.awkward_tail(server)?;
+        }
         self.deliver(server, TAIL[0] as usize)
     }
 
@@ -196,6 +289,9 @@ impl Site {
         });
         self.ok(1, &["promote"]);
         let server = self.serve(1);
+        if self.awkward {
+            self.awkward_after(&server)?;
+        }
         self.deliver(&server, 30)?;
 
         self.cable.restore();
@@ -205,6 +301,7 @@ impl Site {
         while_applying(self);
         let done: Value = serde_json::from_str(&self.ok(0, &["resync", "apply", "--json"])).map_err(io::Error::other)?;
         assert_eq!(count(&plan), count(&done), "what was planned and what was done");
+        assert!(self.deleted.as_ref().is_none_or(|id| self.is_kept(id)), "moved on one node, deleted on the other, and nowhere");
         self.deliver(&server, 5)?;
         self.in_sync_while(&server);
 
@@ -225,6 +322,7 @@ impl Site {
         reader.stop();
         for (node, dump) in [("alpha", &alpha), ("beta", &beta)] {
             self.all_there(node, dump);
+            self.awkward_end(dump);
         }
         assert_eq!(dovecot::differences(&alpha, &beta), Vec::<String>::new());
         Ok(done)

@@ -300,3 +300,15 @@ fn failback_mdbox() {
 fn failback_mbox() {
     with_dovecot(Layout::Mbox);
 }
+
+/// More than the tail of the others, and each message once all the same.
+#[test]
+fn failback_of_what_is_easily_got_wrong() {
+    require!(Need::Namespaces, Need::Dovecot);
+    let _turn = heavy();
+    for layout in Layout::MAIL {
+        let done = Site::awkward(layout).run(Duration::from_secs(3), |_| {}).unwrap();
+        let counted = count(&done);
+        assert_eq!(counted.get("move"), Some(if layout == Layout::Mbox { &1 } else { &2 }), "{layout:?}: {done:#}");
+    }
+}

@@ -11,10 +11,10 @@ use rustix::io::Errno;
 use twinbox_protocol::entry::{Entry, Kind, Time};
 use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
-use twinbox_protocol::rejoin::{Ask, Flags, Merge, Place, Task};
+use twinbox_protocol::rejoin::{Ask, FLAGS_MAX, Flags, Merge, Place, Task};
 use twinbox_resync::boxes::dbox::{self, Message};
-use twinbox_resync::boxes::log::{Said, index_id};
-use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, canonical, fingerprint, mbox};
+use twinbox_resync::boxes::log::{Said, index_id, numbers};
+use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, canonical, fingerprint, mbox, unpacked};
 use twinbox_resync::reconcile::{Boxes, Item, Outcome, Part, Tail, Theirs, What, before, folder_moves};
 
 use super::tail::{Differs, TailError};
@@ -66,7 +66,7 @@ pub(super) fn dbox(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -
             stores.extend(dir.parent());
             continue;
         }
-        let Some((owner, name)) = boxes::place(path).filter(|_| dir.name() == MAILS) else { continue };
+        let Some((owner, name)) = boxes::place(path).filter(|_| dir.name() == MAILS && reader.is_mailbox(&dir)) else { continue };
         if let Some(uid) = boxes::uid(path) {
             reader.file((&owner, &name), path, uid, it, &mut mailboxes)?;
         } else if path.name() == LOG && it.ours.is_some() {
@@ -138,6 +138,12 @@ impl Reader<'_> {
         self.all.get(&self.at_fork(path)).and_then(|it| it.fork.as_ref()).map(|row| &row.entry)
     }
 
+    /// Alternative storage has directories of messages, too, but no indexes.
+    fn is_mailbox(&self, dir: &RelPath) -> bool {
+        let log = join(dir, &[LOG]);
+        self.all.contains_key(&log) || self.root.stat(&log).is_ok_and(|stat| stat.is_some())
+    }
+
     fn file(
         &self,
         (owner, name): (&RelPath, &RelPath),
@@ -147,12 +153,15 @@ impl Reader<'_> {
         mailboxes: &mut BTreeMap<(RelPath, RelPath), Mailbox>,
     ) -> Result<(), TailError> {
         match (&it.fork, &it.ours) {
-            (None, Some((entry, _))) if self.fork(path).is_none_or(|fork| fork.kind != entry.kind) => {
+            (_, Some((entry, _))) if self.fork(path).is_none_or(|fork| fork.kind != entry.kind) => {
                 let mailbox = mailboxes.entry((owner.clone(), name.clone())).or_default();
                 let file = self.open(path)?;
                 let found = dbox::messages(&file, 0).ok().and_then(|(all, _)| all.into_iter().next());
                 // One that is no message stays a file, which is kept.
                 if let Some(message) = found {
+                    if it.fork.is_some() {
+                        mailbox.gone.insert(uid); // Another mailbox has that name: its numbers begin anew.
+                    }
                     mailbox.files.insert(uid, Held { file: path.clone(), message, entry: entry.clone(), whole: true });
                 }
             }
@@ -172,25 +181,28 @@ impl Reader<'_> {
     /// What was appended to a mailbox's log, or to the one before it.
     fn log(&self, path: &RelPath, mailbox: &mut Mailbox) -> Result<(), TailError> {
         let Some(now) = self.whole(path, LOG_MAX)? else { return Ok(()) };
-        let older = path.parent().and_then(|dir| dir.join(b"dovecot.index.log.2"));
+        let older = match path.parent().and_then(|dir| dir.join(b"dovecot.index.log.2")) {
+            // Only the one that it goes on from.
+            Some(older) => self.whole(&older, LOG_MAX)?.filter(|older| numbers(older).zip(numbers(&now)).is_some_and(|(a, b)| a.0 == b.1)),
+            None => None,
+        };
         mailbox.index = index_id(&now);
         let fork = self.fork(path).map(|entry| entry.kind.clone());
         let begins = |bytes: &[u8], len: u64, hash: ContentHash| {
             usize::try_from(len).is_ok_and(|len| bytes.get(..len).is_some_and(|head| ContentHash::of(head) == hash))
         };
         let read = match fork {
-            None => mailbox.said.read(&now, 0),
-            Some(Kind::File { size, hash }) if begins(&now, size, hash) => mailbox.said.read(&now, size as usize),
-            Some(Kind::File { size, hash }) => {
-                let older = match older {
-                    Some(older) => self.whole(&older, LOG_MAX)?,
-                    None => None,
-                };
-                match older.filter(|older| begins(older, size, hash)) {
-                    Some(older) => mailbox.said.read(&older, size as usize).and_then(|()| mailbox.said.read(&now, 0)),
-                    None => Err(boxes::log::LogError),
-                }
+            None => {
+                let before = numbers(older.as_deref().unwrap_or(&now)).is_none_or(|(_, before)| before != 0);
+                let read = older.map_or(Ok(()), |older| mailbox.said.read(&older, 0)).and_then(|()| mailbox.said.read(&now, 0));
+                // What older logs said is lost.
+                if before { Err(boxes::log::LogError) } else { read }
             }
+            Some(Kind::File { size, hash }) if begins(&now, size, hash) => mailbox.said.read(&now, size as usize),
+            Some(Kind::File { size, hash }) => match older.filter(|older| begins(older, size, hash)) {
+                Some(older) => mailbox.said.read(&older, size as usize).and_then(|()| mailbox.said.read(&now, 0)),
+                None => Err(boxes::log::LogError),
+            },
             Some(_) => Err(boxes::log::LogError),
         };
         mailbox.is_unknown = read.is_err();
@@ -229,7 +241,7 @@ impl Reader<'_> {
     /// A message that came, with its bytes as the other node is sent them.
     fn message(&self, owner: &RelPath, mailbox: &RelPath, path: RelPath, held: &Held, flags: Flags) -> Item {
         let Held { file, message, entry, whole } = held;
-        let part = Part { file: file.clone(), bytes: message.bytes.clone(), whole: whole.then(|| entry.hash()).flatten() };
+        let part = Part { file: file.clone(), bytes: message.bytes.clone(), is_mbox: false, whole: whole.then(|| entry.hash()).flatten() };
         let why = message.is_split.then_some("its attachments are kept in other files");
         let mtime = message.received.map_or(entry.mtime, |secs| Time { secs, nanos: 0 });
         self.sent(owner, mailbox, path, part, flags, &Entry { mtime, ..entry.clone() }, why)
@@ -241,15 +253,16 @@ impl Reader<'_> {
         let why = why.or_else(|| (part.bytes.end - part.bytes.start > MESSAGE_MAX).then_some("it is too large"));
         let item = Item { what: What::Message, path, from: None, outcome: Outcome::Merge, merge: None, part: Some(part.clone()) };
         let bytes = match why {
-            None => bytes(self.root, &part).ok_or("it cannot be read"),
+            None => bytes(self.root, &part).ok_or("it cannot be read, or is encrypted or packed in a way that only its mail server knows"),
             Some(why) => Err(why),
         };
         match bytes {
             Err(why) => Item { outcome: Outcome::Rescue { why: why.into() }, ..item },
             Ok(bytes) => {
+                let print = fingerprint(&bytes);
                 let kind = Kind::File { size: bytes.len() as u64, hash: ContentHash::of(&bytes) };
                 let entry = Entry { kind, xattrs: vec![], ..entry.clone() };
-                let task = Task::Import { mailbox: mailbox.clone(), flags, entry };
+                let task = Task::Import { mailbox: mailbox.clone(), flags: some(&flags), entry, print };
                 Item { merge: Some(Merge::Server { owner: owner.clone(), task }), ..item }
             }
         }
@@ -268,8 +281,7 @@ impl Reader<'_> {
         let old = |uid: &u32| !mailbox.said.came.contains(uid) && !mailbox.files.contains_key(uid) && !but.contains(uid);
         for (uid, marked) in mailbox.said.marked.iter().filter(|(uid, _)| old(uid)) {
             // To be deleted is not repeated, like deletions.
-            let of = |flags: &BTreeSet<String>| flags.iter().filter(|flag| *flag != "T").cloned().collect::<Flags>();
-            let (set, clear) = (of(&marked.set), of(&marked.clear));
+            let (set, clear) = (some(&marked.set), some(&marked.clear));
             if set.is_empty() && clear.is_empty() {
                 continue;
             }
@@ -295,11 +307,18 @@ impl Reader<'_> {
         for (name, mailbox) in mailboxes {
             for (uid, held) in &mailbox.files {
                 let from = held.entry.hash().and_then(|hash| went.get_mut(&hash)?.pop());
-                let flags = mailbox.said.marked.get(uid).map(|marked| marked.set.clone()).unwrap_or_default();
+                let flags = mailbox.said.flags_now(*uid);
                 match from {
                     Some((was, of, old)) => {
                         moved.insert((was, old));
-                        items.push(self.moved(owner, (was, of, old), name, label(name, *uid), self.at_fork(&label(was, old))));
+                        let sent = self.message(owner, name, label(name, *uid), held, flags);
+                        items.push(moved_item(
+                            (was, of, old),
+                            (name, mailbox, *uid),
+                            sent,
+                            self.at_fork(&label(was, old)),
+                            &held.message.guid,
+                        ));
                     }
                     None => items.push(self.message(owner, name, label(name, *uid), held, flags)),
                 }
@@ -310,16 +329,8 @@ impl Reader<'_> {
                 items.push(deleted(self.at_fork(&label(name, *uid))));
             }
             self.marked(owner, name, mailbox, |uid| label(name, uid), &mailbox.gone, items);
+            items.extend(mailbox.is_unknown.then(|| unknown(owner, name, "of its messages' flags nothing is known")));
         }
-    }
-
-    fn moved(&self, owner: &RelPath, (was, of, uid): (&RelPath, &Mailbox, u32), to: &RelPath, path: RelPath, from: RelPath) -> Item {
-        let item = Item { what: What::Move, path, from: Some(from), outcome: Outcome::Merge, merge: None, part: None };
-        let Some(index) = of.index else {
-            return Item { outcome: stays("nobody can tell which message it was: it is where the other node has it"), ..item };
-        };
-        let at = Place { mailbox: was.clone(), index, uid };
-        Item { merge: Some(Merge::Server { owner: owner.clone(), task: Task::Move { at, to: to.clone() } }), ..item }
     }
 
     fn mdbox(
@@ -340,28 +351,31 @@ impl Reader<'_> {
         let mut moved: BTreeSet<(&RelPath, u32)> = BTreeSet::new();
         for (name, mailbox) in mailboxes {
             for uid in mailbox.said.came.iter().filter(|uid| !mailbox.said.went.contains_key(uid)) {
-                let flags = mailbox.said.marked.get(uid).map(|marked| marked.set.clone()).unwrap_or_default();
+                let flags = mailbox.said.flags_now(*uid);
                 let guid = mailbox.said.guids.get(uid).cloned().unwrap_or_default();
-                if let Some(held) = fresh.and_then(|fresh| fresh.get(&guid)) {
-                    items.push(self.message(owner, name, label(name, *uid), held, flags));
-                    continue;
-                }
-                if let Some((was, of, old)) = went.get_mut(guid.as_slice()).filter(|_| !guid.is_empty()).and_then(Vec::pop) {
-                    moved.insert((was, old));
-                    items.push(self.moved(owner, (was, of, old), name, label(name, *uid), label(was, old)));
-                    continue;
-                }
-                // A copy of an older one.
-                let all = match &mut all {
-                    Some(all) => all,
-                    none => none.insert(self.storage(owner, false)?),
+                // A purge writes old messages anew: one that went elsewhere is no new one.
+                let from = went.get_mut(guid.as_slice()).filter(|_| !guid.is_empty()).and_then(Vec::pop);
+                let held = match fresh.and_then(|fresh| fresh.get(&guid)) {
+                    Some(held) => Some(held.clone()),
+                    // A copy of an older one, or one that was moved.
+                    None => match &mut all {
+                        Some(all) => all.get(&guid).cloned(),
+                        none => none.insert(self.storage(owner, false)?).get(&guid).cloned(),
+                    },
                 };
-                items.push(match all.get(&guid) {
+                let sent = match &held {
                     Some(held) => self.message(owner, name, label(name, *uid), held, flags),
                     None => {
                         let outcome = Outcome::Rescue { why: "its bytes are not in the storage that is here, all of which is kept".into() };
                         Item { what: What::Message, path: label(name, *uid), from: None, outcome, merge: None, part: None }
                     }
+                };
+                items.push(match from {
+                    Some((was, of, old)) => {
+                        moved.insert((was, old));
+                        moved_item((was, of, old), (name, mailbox, *uid), sent, label(was, old), &guid)
+                    }
+                    None => sent,
                 });
             }
         }
@@ -371,14 +385,45 @@ impl Reader<'_> {
                 items.push(deleted(label(name, *uid)));
             }
             self.marked(owner, name, mailbox, |uid| label(name, uid), &gone, items);
-            if mailbox.is_unknown {
-                let why = "its log does not go on from what both had: look into its storage, all of which is kept".into();
-                let path = join(&mailbox_dir(owner, name), &[LOG]);
-                items.push(Item { what: What::File, path, from: None, outcome: Outcome::Rescue { why }, merge: None, part: None });
-            }
+            items.extend(mailbox.is_unknown.then(|| unknown(owner, name, "look into its storage, all of which is kept")));
         }
         Ok(())
     }
+}
+
+/// A log of which nobody knows what it said.
+fn unknown(owner: &RelPath, name: &RelPath, so: &str) -> Item {
+    let why = format!("this log does not go on from what both had: {so}");
+    let path = join(&mailbox_dir(owner, name), &[LOG]);
+    Item { what: What::File, path, from: None, outcome: Outcome::Rescue { why }, merge: None, part: None }
+}
+
+/// Of a message's flags those that are told; to be deleted is not, like deletions. No more than fit.
+fn some(flags: &BTreeSet<String>) -> Flags {
+    flags.iter().filter(|flag| *flag != "T").take(FLAGS_MAX).cloned().collect()
+}
+
+/// A message that was moved: `sent` is how it would be given as a new one. Where the other node has deleted it, that stands, and this one is kept.
+fn moved_item(
+    (was, of, uid): (&RelPath, &Mailbox, u32),
+    (to, into, now): (&RelPath, &Mailbox, u32),
+    sent: Item,
+    from: RelPath,
+    guid: &[u8],
+) -> Item {
+    let print = sent.print();
+    let item = Item { what: What::Move, from: Some(from), ..sent };
+    let (Some(index), Some(print), Some(Merge::Server { owner, .. })) = (of.index, print, &item.merge) else { return item };
+    let (mut set, mut clear) = (Flags::new(), Flags::new());
+    for marked in [of.said.marked.get(&uid), into.said.marked.get(&now)].into_iter().flatten() {
+        set = set.difference(&marked.clear).cloned().chain(marked.set.iter().cloned()).collect();
+        clear = clear.difference(&marked.set).cloned().chain(marked.clear.iter().cloned()).collect();
+    }
+    let at = Place { mailbox: was.clone(), index, uid };
+    let task =
+        Task::Move { at, to: to.clone(), print, guid: String::from_utf8_lossy(guid).into_owned(), set: some(&set), clear: some(&clear) };
+    let merge = Some(Merge::Server { owner: owner.clone(), task });
+    Item { merge, ..item }
 }
 
 fn deleted(path: RelPath) -> Item {
@@ -395,9 +440,7 @@ pub(super) fn bytes(root: &Root, part: &Part) -> Option<Vec<u8>> {
     let file = File::from(root.file(&part.file).ok()?);
     let mut bytes = vec![0; usize::try_from(part.bytes.end.checked_sub(part.bytes.start)?).ok()?];
     file.read_exact_at(&mut bytes, part.bytes.start).ok()?;
-    // Messages of dbox are whole files or lie in its storage; of mbox the server's headers are no part.
-    let is_mbox = !boxes::is_the_servers_own(&part.file);
-    Some(canonical(&if is_mbox { mbox::stripped(&bytes) } else { bytes }))
+    Some(canonical(&if part.is_mbox { mbox::stripped(&bytes) } else { unpacked(bytes, MESSAGE_MAX)? }))
 }
 
 /// Whose mailbox files lie in a directory: the topmost one above it, or itself, that has a directory of indexes.
@@ -490,7 +533,10 @@ impl Mboxes {
                         moved.insert((there.clone(), uid));
                         let from = boxes::mbox_index(&there.0, &there.1).unwrap_or_default();
                         let from = join(&from, &[format!("UID {uid}").as_bytes()]);
-                        boxes.items.push(reader.moved(&it.owner, (&there.1, of, uid), &it.mailbox, label, from));
+                        let sent = reader.sent(&it.owner, &it.mailbox, label, it.part.clone(), it.flags.clone(), &it.entry, None);
+                        let here = mailboxes.get(&(it.owner.clone(), it.mailbox.clone()));
+                        let none = Mailbox::default();
+                        boxes.items.push(moved_item((&there.1, of, uid), (&it.mailbox, here.unwrap_or(&none), it.uid), sent, from, b""));
                         continue;
                     }
                 }
@@ -530,6 +576,7 @@ impl Reader<'_> {
                         from: None,
                         outcome,
                         merge: None,
+
                         part: None,
                     });
                 }
@@ -592,15 +639,15 @@ impl Reader<'_> {
                 continue;
             }
             let uid = message.uid.or_else(|| free.next().filter(|_| known));
-            let part = Part { file: path.clone(), bytes: message.bytes.clone(), whole: None };
+            let part = Part { file: path.clone(), bytes: message.bytes.clone(), is_mbox: true, whole: None };
             let mut bytes = vec![0; usize::try_from(message.bytes.end - message.bytes.start).unwrap_or(0).min(MESSAGE_MAX as usize)];
             if file.read_exact_at(&mut bytes, message.bytes.start).is_err() {
                 continue;
             }
             let mut flags: Flags = message.flags.iter().filter(|flag| *flag != "T").cloned().collect();
-            if let Some(marked) = uid.and_then(|uid| said.marked.get(&uid)) {
-                flags.extend(marked.set.iter().cloned());
-                flags.retain(|flag| !marked.clear.contains(flag));
+            if let Some(uid) = uid {
+                flags.extend(said.flags_now(uid).into_iter().filter(|flag| flag != "T"));
+                flags.retain(|flag| !said.marked.get(&uid).is_some_and(|marked| marked.clear.contains(flag)));
             }
             let mut entry = entry.clone();
             entry.mtime = message.received.map_or(entry.mtime, |secs| Time { secs, nanos: 0 });

@@ -4,32 +4,33 @@
 //! Nor is the program's word enough: what it says is done is looked for on disk.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
 use std::sync::PoisonError;
 use std::time::{Duration, UNIX_EPOCH};
 
-use rustix::fs::{self as rfs, FileType};
+use rustix::fs::{self as rfs, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 use twinbox_protocol::rejoin::{Flags, Merged, Place, Task};
-use twinbox_resync::boxes::log::index_id;
-use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, dbox, fingerprint, folder_name, mbox};
+use twinbox_resync::boxes::log::{Said, index_id};
+use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, dbox, fingerprint, folder_name, mbox, unpacked};
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::rows::Rows;
 
 use super::store::{Lent, StoreError, kept};
 use crate::hooks::{Hook, Tool};
-use crate::layout::OWN_PREFIX;
+use crate::layout::{Layout, OWN_PREFIX};
 use crate::tree::{self, Root};
 
+/// No log is larger: Dovecot begins a new one long before.
+const LOG_MAX: u64 = 64 << 20;
 /// A message that is larger is no mail.
 const MESSAGE_MAX: u64 = 1 << 30;
 
@@ -69,23 +70,6 @@ fn mailbox_dir(owner: &RelPath, mailbox: &RelPath) -> RelPath {
     join(&join(owner, &[b"mailboxes"]), &names)
 }
 
-/// How somebody's mail is kept.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Format {
-    Sdbox,
-    Mdbox,
-    Mbox,
-}
-
-fn format(root: &Root, owner: &RelPath) -> Format {
-    let has = |name: &[u8]| root.dir_for_reading(&join(owner, &[name])).is_ok();
-    match (has(STORAGE), has(INDEXES)) {
-        (true, _) => Format::Mdbox,
-        (_, true) => Format::Mbox,
-        _ => Format::Sdbox,
-    }
-}
-
 /// The file of an mbox mailbox.
 fn mbox_file(root: &Root, owner: &RelPath, mailbox: &RelPath) -> RelPath {
     let names: Vec<&[u8]> = mailbox.as_bytes().split(|byte| *byte == b'/').collect();
@@ -122,40 +106,24 @@ impl Program {
     ) -> Result<Merged, StoreError> {
         let Some(tool) = self.tool() else { return Ok(kept("that node has no [hooks] merge program")) };
         let exists = |mailbox: &RelPath| {
-            let place = match format(root, owner) {
-                Format::Mbox => mbox_file(root, owner, mailbox),
-                Format::Sdbox | Format::Mdbox => mailbox_dir(owner, mailbox),
-            };
+            let place = if self.is_mbox() { mbox_file(root, owner, mailbox) } else { mailbox_dir(owner, mailbox) };
             Ok::<_, StoreError>(root.stat(&place).map_err(disk(&place))?.is_some())
         };
+        if let Some(why) = self.odd(owner, task) {
+            return Ok(kept(why));
+        }
         match task {
-            Task::Import { mailbox, flags, entry } => self.import(&tool, (root, manifest), (owner, mailbox), flags, entry, bytes),
+            Task::Import { mailbox, flags, entry, print } => {
+                self.import(&tool, (root, manifest), (owner, mailbox), flags, (entry, *print), bytes)
+            }
             Task::Flags { at, set, clear } => {
                 if let Some(why) = self.is_another(root, owner, at)? {
                     return Ok(why);
                 }
-                let flags = |flags: &Flags| OsString::from(imap_flags(flags).join(" "));
-                self.ask(
-                    &tool,
-                    root,
-                    owner,
-                    "flags",
-                    &at.mailbox,
-                    [("TWINBOX_UID", at.uid.to_string().into()), ("TWINBOX_SET", flags(set)), ("TWINBOX_CLEAR", flags(clear))],
-                )
+                self.mark(&tool, root, owner, at, set, clear)
             }
-            Task::Move { at, to } => {
-                if let Some(why) = self.is_another(root, owner, at)? {
-                    return Ok(why);
-                }
-                self.ask(
-                    &tool,
-                    root,
-                    owner,
-                    "move",
-                    &at.mailbox,
-                    [("TWINBOX_UID", at.uid.to_string().into()), ("TWINBOX_TO", folder_name(to.as_bytes()).into())],
-                )
+            Task::Move { at, to, print, guid, set, clear } => {
+                self.shift(&tool, (root, manifest), owner, (at, to), (*print, guid), (set, clear))
             }
             Task::Rename { mailbox, to } => match (exists(mailbox)?, exists(to)?) {
                 (false, true) => Ok(Merged::Already),
@@ -175,13 +143,109 @@ impl Program {
         }
     }
 
+    fn is_mbox(&self) -> bool {
+        self.lent.selection.layout() == Layout::Mbox
+    }
+
+    /// Where a mailbox has its indexes.
+    fn index(&self, owner: &RelPath, mailbox: &RelPath) -> RelPath {
+        if self.is_mbox() { boxes::mbox_index(owner, mailbox).unwrap_or_default() } else { join(&mailbox_dir(owner, mailbox), &[MAILS]) }
+    }
+
+    /// What must not be handed to a program, or is not mirrored.
+    fn odd(&self, owner: &RelPath, task: &Task) -> Option<&'static str> {
+        let (mailbox, to, searched) = match task {
+            Task::Import { mailbox, .. } | Task::Create { mailbox } => (mailbox, None, false),
+            Task::Flags { at, .. } => (&at.mailbox, None, true),
+            Task::Move { at, to, .. } => (&at.mailbox, Some(to), true),
+            Task::Rename { mailbox, to } => (mailbox, Some(to), false),
+        };
+        let has = |path: &[u8], bytes: &[u8]| path.iter().any(|byte| bytes.contains(byte));
+        let group = self.lent.grouping.group_of(owner.as_bytes(), true);
+        if has(group, b"*?\"\\") || group.iter().any(u8::is_ascii_control) {
+            return Some("its owner's name would be taken for those of others");
+        }
+        for name in std::iter::once(mailbox).chain(to) {
+            let excluded =
+                |dir: &RelPath| self.lent.selection.excludes(dir.as_bytes(), true) || self.lent.selection.excludes(dir.as_bytes(), false);
+            let below = name.as_bytes().split(|byte| *byte == b'/').try_fold(owner.clone(), |at, part| at.join(part));
+            if name.is_root() || below.is_none_or(|below| excluded(&below)) || excluded(&mailbox_dir(owner, name)) {
+                return Some("it is not mirrored on this node");
+            }
+            if name.as_bytes().iter().any(u8::is_ascii_control) {
+                return Some("that mailbox's name cannot be handed to a program");
+            }
+        }
+        // doveadm's searches take these for any characters.
+        (searched && has(mailbox.as_bytes(), b"*%")).then_some("that mailbox's name would be taken for those of others")
+    }
+
+    fn mark(&self, tool: &Tool, root: &Root, owner: &RelPath, at: &Place, set: &Flags, clear: &Flags) -> Result<Merged, StoreError> {
+        let flags = |flags: &Flags| OsString::from(imap_flags(flags).join(" "));
+        let (set, clear) = (flags(set), flags(clear));
+        if set.is_empty() && clear.is_empty() {
+            return Ok(Merged::Already);
+        }
+        let more = [("TWINBOX_UID", at.uid.to_string().into()), ("TWINBOX_SET", set), ("TWINBOX_CLEAR", clear)];
+        self.ask(tool, root, owner, "flags", &at.mailbox, more)
+    }
+
+    /// Moves a message. That it is in the other mailbox then is seen there: in sdbox and mbox by its bytes, in mdbox by its GUID in the mailbox's log.
+    fn shift(
+        &mut self,
+        tool: &Tool,
+        store: (&Root, &Manifest),
+        owner: &RelPath,
+        (at, to): (&Place, &RelPath),
+        (print, guid): (ContentHash, &str),
+        (set, clear): (&Flags, &Flags),
+    ) -> Result<Merged, StoreError> {
+        let arrived = |program: &mut Self| {
+            Ok::<_, StoreError>(
+                program.has_come(store.0, store.1, owner, to, guid)?
+                    || program.lent.selection.layout() != Layout::Mdbox && program.is_in(store, owner, to, print)?,
+            )
+        };
+        if arrived(self)? {
+            return Ok(Merged::Already);
+        }
+        if let Some(why) = self.is_another(store.0, owner, at)? {
+            return Ok(why);
+        }
+        if let kept @ Merged::Kept { .. } = self.mark(tool, store.0, owner, at, set, clear)? {
+            return Ok(kept);
+        }
+        let more = [("TWINBOX_UID", at.uid.to_string().into()), ("TWINBOX_TO", folder_name(to.as_bytes()).into())];
+        let done = self.ask(tool, store.0, owner, "move", &at.mailbox, more)?;
+        if done == Merged::Done && !arrived(self)? {
+            return Ok(kept("the merge program said that it is done, and the message is not in that mailbox"));
+        }
+        Ok(done)
+    }
+
+    /// Whether a mailbox's log says that a message of this GUID came after the fork.
+    fn has_come(&self, root: &Root, manifest: &Manifest, owner: &RelPath, mailbox: &RelPath, guid: &str) -> Result<bool, StoreError> {
+        let log = join(&self.index(owner, mailbox), &[b"dovecot.index.log"]);
+        if guid.is_empty() || self.is_mbox() {
+            return Ok(false);
+        }
+        let file = match root.file(&log) {
+            Ok(file) => File::from(file),
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(false),
+            Err(source) => return Err(disk(&log)(source)),
+        };
+        let mut bytes = vec![0; file.metadata().map_err(|error| disk(&log)(os(&error)))?.len().min(LOG_MAX) as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(|error| disk(&log)(os(&error)))?;
+        let fork = manifest.row(&log).map_err(super::tail::TailError::from)?.map_or(0, |row| row.entry.size()) as usize;
+        let mut said = Said::default();
+        // Once it was begun anew, all of it is later.
+        let _ = said.read(&bytes, if fork <= bytes.len() { fork } else { 0 });
+        Ok(said.came.iter().any(|uid| !said.went.contains_key(uid) && said.guids.get(uid).is_some_and(|came| came == guid.as_bytes())))
+    }
+
     /// Another mailbox has the name by now, or none.
     fn is_another(&self, root: &Root, owner: &RelPath, at: &Place) -> Result<Option<Merged>, StoreError> {
-        let index = match format(root, owner) {
-            Format::Mbox => boxes::mbox_index(owner, &at.mailbox).unwrap_or_default(),
-            Format::Sdbox | Format::Mdbox => join(&mailbox_dir(owner, &at.mailbox), &[MAILS]),
-        };
-        let log = join(&index, &[b"dovecot.index.log"]);
+        let log = join(&self.index(owner, &at.mailbox), &[b"dovecot.index.log"]);
         let mut head = vec![0; 64];
         let read = root.file(&log).map(File::from).and_then(|file| file.read_at(&mut head, 0).map_err(|error| os(&error)));
         match read {
@@ -206,7 +270,7 @@ impl Program {
             ("TWINBOX_MIRROR", OsString::from(&self.lent.name)),
             ("TWINBOX_ROOT", self.lent.root.as_os_str().to_owned()),
             ("TWINBOX_MERGE", what.into()),
-            ("TWINBOX_GROUP", std::ffi::OsStr::from_bytes(group).to_owned()),
+            ("TWINBOX_GROUP", OsStr::from_bytes(group).to_owned()),
             ("TWINBOX_MAILBOX", folder_name(mailbox.as_bytes()).into()),
         ];
         environment.extend(more);
@@ -227,7 +291,7 @@ impl Program {
         store: (&Root, &Manifest),
         (owner, mailbox): (&RelPath, &RelPath),
         flags: &Flags,
-        entry: &Entry,
+        (entry, print): (&Entry, ContentHash),
         bytes: Option<&File>,
     ) -> Result<Merged, StoreError> {
         let Some(bytes) = bytes.filter(|_| entry.hash().is_some() && entry.size() <= MESSAGE_MAX) else {
@@ -235,13 +299,13 @@ impl Program {
         };
         let mut message = vec![0; entry.size() as usize];
         bytes.read_exact_at(&mut message, 0).map_err(|error| disk(owner)(os(&error)))?;
-        let print = fingerprint(&message);
+        if fingerprint(&message) != print {
+            return Ok(kept("other bytes than announced"));
+        }
         if self.is_in(store, owner, mailbox, print)? {
             return Ok(Merged::Already);
         }
-        let group = RelPath::new(self.lent.grouping.group_of(owner.as_bytes(), true)).unwrap_or_default();
-        let aside = if store.0.stat(&group).is_ok_and(|stat| stat.is_some()) { group } else { RelPath::root() };
-        let handed = self.maildir(&aside, mailbox, &message, flags, entry).map_err(|error| disk(&aside)(os(&error)))?;
+        let handed = self.maildir(mailbox, &message, flags, entry).map_err(|error| disk(owner)(os(&error)))?;
         let more = [("TWINBOX_MAILDIR", handed.path().as_os_str().to_owned())];
         let done = self.ask(tool, store.0, owner, "import", mailbox, more)?;
         if done == Merged::Done && !self.is_in(store, owner, mailbox, print)? {
@@ -250,37 +314,34 @@ impl Program {
         Ok(done)
     }
 
-    /// A Maildir with this message, beside the mailboxes under a name that is never mirrored; removed when it is dropped.
-    fn maildir(
-        &self,
-        aside: &RelPath,
-        mailbox: &RelPath,
-        message: &[u8],
-        flags: &Flags,
-        entry: &Entry,
-    ) -> std::io::Result<tempfile::TempDir> {
-        let dir = self.lent.root.join(std::ffi::OsStr::from_bytes(aside.as_bytes()));
+    /// A Maildir with this message, in the root under a name that is never mirrored; removed when it is dropped.
+    ///
+    /// It is nobody's else before it is whole: its owner gets the outermost directory last, and every step goes by descriptors.
+    fn maildir(&self, mailbox: &RelPath, message: &[u8], flags: &Flags, entry: &Entry) -> std::io::Result<tempfile::TempDir> {
         let prefix = [OWN_PREFIX, b"import-"].concat();
-        let handed = tempfile::Builder::new().prefix(std::ffi::OsStr::from_bytes(&prefix)).tempdir_in(dir)?;
-        let own = |path: &Path| match chown(path, Some(entry.uid), Some(entry.gid)) {
-            // An ordinary user's own already.
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        let handed = tempfile::Builder::new().prefix(OsStr::from_bytes(&prefix)).tempdir_in(&self.lent.root)?;
+        let reading = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let owners = (Some(rfs::Uid::from_raw(entry.uid)), Some(rfs::Gid::from_raw(entry.gid)));
+        let own = |fd: BorrowedFd<'_>| match rfs::fchown(fd, owners.0, owners.1) {
+            Err(Errno::PERM) => Ok(()), // An ordinary user's own already.
             other => other,
         };
-        let mut made: Vec<PathBuf> = vec![handed.path().to_owned()];
+        let make = |at: &OwnedFd, name: &[u8]| {
+            rfs::mkdirat(at, name, Mode::RWXU)?;
+            let made = rfs::openat(at, name, reading, Mode::empty())?;
+            own(made.as_fd())?;
+            Ok::<_, Errno>(made)
+        };
+        let outer = rfs::open(handed.path(), reading, Mode::empty())?;
+        let mut folder = outer.try_clone()?;
         if mailbox.as_bytes() != b"INBOX" {
             for name in mailbox.as_bytes().split(|byte| *byte == b'/') {
-                made.push(made[made.len() - 1].join(std::ffi::OsStr::from_bytes(name)));
+                folder = make(&folder, name)?;
             }
         }
-        let folder = made[made.len() - 1].clone();
-        made.extend(["cur", "new", "tmp"].map(|part| folder.join(part)));
-        for (n, dir) in made.iter().enumerate() {
-            if n > 0 {
-                fs::DirBuilder::new().mode(0o700).create(dir)?;
-            }
-            own(dir)?;
-        }
+        let cur = make(&folder, b"cur")?;
+        make(&folder, b"new")?;
+        make(&folder, b"tmp")?;
         let (systems, keywords): (Vec<&String>, Vec<&String>) =
             flags.iter().partition(|flag| flag.len() == 1 && flag.bytes().all(|byte| byte.is_ascii_uppercase()));
         let mut letters: String = systems.into_iter().cloned().collect();
@@ -290,19 +351,33 @@ impl Program {
             letters.push(char::from(b'a' + n as u8));
             names += &format!("{n} {name}\n");
         }
-        let put = |path: PathBuf, bytes: &[u8]| {
-            let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+        let put = |at: &OwnedFd, name: &str, bytes: &[u8]| {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let mut file = File::from(rfs::openat(at, name, flags, Mode::RUSR | Mode::WUSR)?);
             file.write_all(bytes)?;
-            own(&path)?;
+            own(file.as_fd())?;
             Ok::<_, std::io::Error>(file)
         };
         if !names.is_empty() {
-            put(folder.join("dovecot-keywords"), names.as_bytes())?;
+            put(&folder, "dovecot-keywords", names.as_bytes())?;
         }
         let secs = u64::try_from(entry.mtime.secs).unwrap_or(0);
-        let file = put(folder.join(format!("cur/{secs}.M1P1.twinbox:2,{letters}")), message)?;
+        let file = put(&cur, &format!("{secs}.M1P1.twinbox:2,{letters}"), message)?;
         file.set_modified(UNIX_EPOCH + Duration::from_secs(secs))?;
+        own(outer.as_fd())?;
         Ok(handed)
+    }
+
+    /// Removes what an earlier run left behind when it was killed.
+    pub(super) fn sweep(&self) {
+        let prefix = [OWN_PREFIX, b"import-"].concat();
+        for item in fs::read_dir(&self.lent.root).into_iter().flatten().flatten() {
+            if item.file_name().as_bytes().starts_with(&prefix)
+                && let Err(error) = fs::remove_dir_all(item.path())
+            {
+                tracing::debug!(%error, "a Maildir of an earlier run stays");
+            }
+        }
     }
 
     /// Whether a mailbox has got such a message since the fork.
@@ -313,12 +388,11 @@ impl Program {
         mailbox: &RelPath,
         print: ContentHash,
     ) -> Result<bool, StoreError> {
-        let format = format(root, owner);
-        if format == Format::Mbox {
+        if self.is_mbox() {
             return self.is_in_mbox(root, owner, mailbox, print);
         }
         let storage = join(owner, &[STORAGE]);
-        let multi = format == Format::Mdbox;
+        let multi = self.lent.selection.layout() == Layout::Mdbox;
         let dir = if multi { storage } else { join(&mailbox_dir(owner, mailbox), &[MAILS]) };
         let listed = match root.dir_for_reading(&dir) {
             Ok(fd) => tree::list(fd.as_fd()).map_err(disk(&dir))?,
@@ -332,17 +406,22 @@ impl Program {
             if !(if multi { item.name.starts_with(b"m.") } else { boxes::is_message(&path) }) {
                 continue;
             }
-            let from = match read.get(&path) {
-                Some(at) => *at,
-                // At the fork it was as long as its row says; of sdbox each file is one message.
-                None => manifest.row(&path).map_err(super::tail::TailError::from)?.map_or(0, |row| row.entry.size()),
-            };
+            let row = manifest.row(&path).map_err(super::tail::TailError::from)?;
             let file = match root.file(&path) {
                 Ok(file) => File::from(file),
                 Err(Errno::NOENT) => continue,
                 Err(source) => return Err(disk(&path)(source)),
             };
-            let len = file.metadata().map_err(|error| disk(&path)(os(&error)))?.len();
+            let stat = rfs::fstat(&file).map_err(disk(&path))?;
+            let len = stat.st_size as u64;
+            let from = match (read.get(&path), row) {
+                (Some(at), _) => *at,
+                // It is only ever appended to, and was as long at the fork as its row says.
+                (None, Some(row)) if multi => row.entry.size(),
+                // One message; another one of that number if the mailbox was made anew.
+                (None, Some(row)) if row.local == Some(tree::local(&stat)) => len,
+                _ => 0,
+            };
             if len <= from {
                 read.insert(path, from);
                 continue;
@@ -355,7 +434,9 @@ impl Program {
                     continue;
                 }
                 let mut bytes = vec![0; size as usize];
-                if file.read_exact_at(&mut bytes, message.bytes.start).is_ok() {
+                if file.read_exact_at(&mut bytes, message.bytes.start).is_ok()
+                    && let Some(bytes) = unpacked(bytes, MESSAGE_MAX)
+                {
                     let of = if multi { message.mailbox.unwrap_or_default() } else { b"one".to_vec() };
                     fresh.entry(of).or_default().seen.insert(fingerprint(&bytes));
                 }
@@ -405,7 +486,14 @@ impl Program {
         mailbox: &RelPath,
         print: ContentHash,
     ) -> Result<Option<RelPath>, StoreError> {
+        let indexes = join(owner, &[INDEXES]);
+        if self.lent.selection.excludes(owner.as_bytes(), true) || root.dir_for_reading(&indexes).is_err() {
+            return Ok(None);
+        }
         if !self.mboxes.contains_key(owner) {
+            if self.mboxes.len() >= OWNERS_MAX {
+                self.mboxes.clear();
+            }
             let all = index_mboxes(root, owner)?;
             self.mboxes.insert(owner.clone(), all);
         }
@@ -415,6 +503,9 @@ impl Program {
         Ok(found.and_then(|(path, uid)| path.join(format!("UID {uid}").as_bytes())))
     }
 }
+
+/// Users whose mbox files are remembered: they are asked about one after the other.
+const OWNERS_MAX: usize = 8;
 
 /// Dovecot's headers move what is behind them by less.
 const MBOX_SHIFT: u64 = 1 << 20;
@@ -471,5 +562,7 @@ fn imap_flags(flags: &Flags) -> Vec<String> {
         "D" => "\\Draft".into(),
         other => other.to_owned(),
     };
-    flags.iter().map(name).collect()
+    // What is no atom of IMAP's would be several flags, or none.
+    let atom = |flag: &String| !flag.is_empty() && flag.bytes().all(|byte| byte.is_ascii_graphic() && !b"(){%*\"\\]".contains(&byte));
+    flags.iter().filter(|flag| atom(flag)).map(name).collect()
 }

@@ -94,14 +94,9 @@ impl Store {
         let mut replica = Replica::new(Root::open(&lent.root).map_err(StoreError::Root)?);
         (replica.synced, replica.over) = (true, Over::Nothing);
         let manifest = Manifest::open(&lent.mirror_dir.join("manifest.db"), false)?;
-        Ok(Store {
-            replica,
-            manifest,
-            selection: lent.selection.clone(),
-            keywords: Keywords::default(),
-            folders: HashMap::new(),
-            program: Program::new(lent),
-        })
+        let program = Program::new(lent);
+        program.sweep();
+        Ok(Store { replica, manifest, selection: lent.selection.clone(), keywords: Keywords::default(), folders: HashMap::new(), program })
     }
 
     /// The rows as they were at the fork; nobody follows, so they are as they were.

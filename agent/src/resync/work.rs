@@ -505,8 +505,15 @@ impl Job {
         let root = self.root()?;
         let total = stored.plan.items.len() as u64;
         // Folders have their new names before anything is put into them.
-        let (first, rest): (Vec<usize>, Vec<usize>) =
-            (0..stored.plan.items.len()).partition(|n| stored.plan.items[*n].what == What::FolderMove);
+        let mut order: Vec<usize> = (0..stored.plan.items.len()).collect();
+        let stage = |n: &usize| match stored.plan.items[*n].what {
+            What::FolderMove => 0,
+            What::Folder => 1,
+            _ => 2,
+        };
+        order.sort_by_key(stage);
+        let rest = order.split_off(order.partition_point(|n| stage(n) < 2));
+        let first = order;
         let (mut saved, mut took) = (Instant::now(), Duration::ZERO);
         for (done, n) in first.iter().chain(&rest).enumerate() {
             progress("merging", done as u64, Some(total));
@@ -606,13 +613,14 @@ impl Job {
         }
         stored.rescued = Some(losers.clone());
         self.store(stored)?;
-        let total = losers.len() as u64;
+        let (total, mut taken) = (losers.len() as u64, 0);
         for (done, path) in losers.iter().enumerate() {
             progress("keeping what the other node lacks", done as u64, Some(total));
             let Some(it) = all.get_mut(path).filter(|it| it.ours.as_ref().is_some_and(|(entry, _)| !entry.is_dir())) else { continue };
             let kept = rescue.take(&mut replica, path, Why::Resync);
             kept.map_err(|error| ResyncError::Io { what: format!("moving {path} to rescue"), source: error.into() })?;
             it.ours = None;
+            taken += 1;
         }
         let state = io("opening the state directory", File::open(self.dir()))?;
         let synced = rfs::syncfs(replica.root.fd()).and_then(|()| rfs::syncfs(&state));
@@ -631,7 +639,7 @@ impl Job {
             }
         }
         manifest.commit(stored.fork).map_err(|e| manifest.state_error(&e))?;
-        Ok(total)
+        Ok(taken)
     }
 
     fn is_known(&self, manifest: &Manifest, hash: ContentHash) -> Result<bool, ResyncError> {

@@ -65,7 +65,9 @@ pub struct Said {
     pub came: BTreeSet<u32>,
     /// Messages that went, or are to go, with their GUIDs (hex) as far as they are known.
     pub went: BTreeMap<u32, Vec<u8>>,
-    /// Flags of messages, those that came among them.
+    /// Flags that messages came with.
+    pub began: BTreeMap<u32, BTreeSet<String>>,
+    /// What was done to flags since, also of messages that came.
     pub marked: BTreeMap<u32, Marked>,
     /// GUIDs of messages that came, hex.
     pub guids: BTreeMap<u32, Vec<u8>>,
@@ -77,6 +79,13 @@ pub fn index_id(bytes: &[u8]) -> Option<u32> {
     // Major version 1; size of the header.
     let known = bytes.first() == Some(&1) && (24..=512).contains(&u16::from_le_bytes(bytes.get(2..4)?.try_into().ok()?));
     known.then(|| word(bytes, 4)).flatten()
+}
+
+/// Number of a log, and of the one before it (0: there was none).
+#[must_use]
+pub fn numbers(bytes: &[u8]) -> Option<(u32, u32)> {
+    index_id(bytes)?;
+    Some((word(bytes, 8)?, word(bytes, 12)?))
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
@@ -95,6 +104,17 @@ fn hex(bytes: &[u8]) -> Vec<u8> {
 }
 
 impl Said {
+    /// Flags of a message that came, as they are now.
+    #[must_use]
+    pub fn flags_now(&self, uid: u32) -> BTreeSet<String> {
+        let mut flags = self.began.get(&uid).cloned().unwrap_or_default();
+        if let Some(marked) = self.marked.get(&uid) {
+            flags.extend(marked.set.iter().cloned());
+            flags.retain(|flag| !marked.clear.contains(flag));
+        }
+        flags
+    }
+
     /// Reads a log from byte `from` on (0: all of it), up to its end or a record that was not written to its end.
     ///
     /// # Errors
@@ -123,7 +143,8 @@ impl Said {
                 for one in record.chunks_exact(8) {
                     let Some(uid) = word(one, 0) else { continue };
                     self.came.insert(uid);
-                    self.flags(uid, one[4], 0);
+                    let set = FLAGS.iter().filter(|(bit, _)| one[4] & bit != 0).map(|(_, letter)| letter.to_string());
+                    self.began.insert(uid, set.collect());
                 }
             }
             EXPUNGE => {
@@ -218,7 +239,7 @@ mod tests {
 
     fn log() -> Vec<u8> {
         let mut bytes = vec![1, 3, 40, 0];
-        bytes.extend(words(&[77]));
+        bytes.extend(words(&[77, 3, 2]));
         bytes.resize(40, 0);
         bytes.extend(record(0x1000_0000 | APPEND, &[words(&[5]), vec![0x08, 0, 0, 0]].concat()));
         bytes.extend(record(0x1000_0000 | EXT_INTRO, &[words(&[4, 0, 0]), vec![16, 0, 1, 0, 1, 0, 0, 0]].concat()));
@@ -241,11 +262,11 @@ mod tests {
     fn what_was_done_is_read() {
         let mut said = Said::default();
         said.read(&log(), 0).unwrap();
-        assert_eq!(index_id(&log()), Some(77));
+        assert_eq!((index_id(&log()), numbers(&log())), (Some(77), Some((3, 2))));
         assert_eq!((said.came.iter().collect::<Vec<_>>(), said.went.keys().collect::<Vec<_>>()), (vec![&5], vec![&4, &8, &9]));
         assert_eq!((said.went[&4].as_slice(), said.went[&8].len()), ("ab".repeat(16).as_bytes(), 0));
         assert_eq!(said.guids[&5], b"000102030405060708090a0b0c0d0e0f");
-        assert_eq!(said.marked[&5].set, set(&["S"]));
+        assert_eq!((said.began[&5].clone(), said.flags_now(5)), (set(&["S"]), set(&["S"])));
         assert_eq!((said.marked[&1].set.clone(), said.marked[&1].clear.clone()), (set(&["D", "F"]), set(&["S"])));
         assert_eq!((said.marked[&2].set.clone(), said.marked[&2].clear.clone()), (set(&["$Work", "F", "S"]), set(&["D", "old"])));
         assert_eq!(said.marked[&3].clear, set(&["old"]));

@@ -5,6 +5,8 @@ pub mod dbox;
 pub mod log;
 pub mod mbox;
 
+use std::io::Read;
+
 use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 
@@ -79,6 +81,26 @@ pub fn canonical(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
+/// A message as it was received: what a mail server compressed, unpacked. `None`: encrypted, packed in a way we do not know, or not whole.
+#[must_use]
+pub fn unpacked(bytes: Vec<u8>, most: u64) -> Option<Vec<u8>> {
+    const UNKNOWN: [&[u8]; 5] = [b"BZh", b"\xfd7zXZ", b"Dovecot-LZ4", b"CRYPTED\x03\x07", b"\x5d\x00\x00"];
+    let read = |reader: &mut dyn Read| {
+        let mut out = vec![];
+        let got = reader.take(most + 1).read_to_end(&mut out).ok()?;
+        (got as u64 <= most).then_some(out)
+    };
+    if bytes.starts_with(b"\x1f\x8b") {
+        read(&mut flate2::read::MultiGzDecoder::new(bytes.as_slice()))
+    } else if bytes.starts_with(b"\x28\xb5\x2f\xfd") {
+        read(&mut zstd::stream::read::Decoder::new(bytes.as_slice()).ok()?)
+    } else if UNKNOWN.iter().any(|magic| bytes.starts_with(magic)) {
+        None
+    } else {
+        Some(bytes)
+    }
+}
+
 /// By what a message is recognised wherever it is: its bytes, but for line ends and empty lines at its end, which some formats add.
 #[must_use]
 pub fn fingerprint(bytes: &[u8]) -> ContentHash {
@@ -122,7 +144,12 @@ fn decode(disk: &[u8]) -> Option<String> {
                 bits &= (1 << held) - 1;
             }
         }
-        out.push_str(&String::from_utf16(&units).ok()?);
+        let decoded = String::from_utf16(&units).ok()?;
+        // What need not be written so is another name that looks the same.
+        if decoded.is_empty() || decoded.bytes().any(|byte| (0x20..0x7f).contains(&byte)) {
+            return None;
+        }
+        out.push_str(&decoded);
     }
     out.push_str(rest);
     Some(out)
@@ -134,11 +161,32 @@ mod tests {
 
     #[test]
     fn names_of_folders_are_read() {
-        for (disk, name) in
-            [("Entw&APw-rfe/Sub x", "Entwürfe/Sub x"), ("A &- B", "A & B"), ("&2D3eAA-", "😀"), ("plain", "plain"), ("a&b", "a&b")]
-        {
+        for (disk, name) in [
+            ("Entw&APw-rfe/Sub x", "Entwürfe/Sub x"),
+            ("A &- B", "A & B"),
+            ("&2D3eAA-", "😀"),
+            ("&AGE-", "&AGE-"),
+            ("plain", "plain"),
+            ("a&b", "a&b"),
+        ] {
             assert_eq!(folder_name(disk.as_bytes()), name);
         }
+    }
+
+    #[test]
+    fn what_a_mail_server_packed_is_unpacked() {
+        use std::io::Write;
+        let text = b"From: a\n\nbody\r\n".repeat(50);
+        let mut gzip = flate2::write::GzEncoder::new(vec![], flate2::Compression::default());
+        gzip.write_all(&text).unwrap();
+        let gzip = gzip.finish().unwrap();
+        let zstd = zstd::stream::encode_all(text.as_slice(), 3).unwrap();
+        for packed in [&gzip, &zstd, &text] {
+            assert_eq!(unpacked(packed.clone(), 10_000).as_deref(), Some(text.as_slice()));
+        }
+        assert_eq!(unpacked(gzip.clone(), 100), None, "larger than any message");
+        assert_eq!(unpacked(gzip[..gzip.len() - 9].to_vec(), 10_000), None, "not whole");
+        assert_eq!(unpacked(b"CRYPTED\x03\x07x".to_vec(), 10_000), None);
     }
 
     #[test]
