@@ -162,3 +162,31 @@ fn what_is_no_mail_is_the_winners() {
     let other = reconcile(&World::default().came("a/M/new/1", "x").tail, Mail::None, Policy::Merge, &HashMap::<Ask, Found>::new());
     assert!(matches!(other.items[0].outcome, Outcome::Rescue { .. }), "of another layout nothing is merged");
 }
+
+/// A folder was renamed here and deleted there: nobody else has its mail.
+#[test]
+fn what_lay_in_a_folder_that_the_other_node_deleted_is_kept() {
+    let dir = || Some(plain_dir());
+    let world = |there: bool| {
+        let mut world = World::default()
+            .change("u/sdbox/mailboxes/A", dir(), None, None)
+            .change("u/sdbox/mailboxes/A/dbox-Mails", dir(), None, None)
+            .went("u/sdbox/mailboxes/A/dbox-Mails/u.1", "mail")
+            .change("u/sdbox/mailboxes/B", None, dir(), Some("u/sdbox/mailboxes/A"))
+            .change("u/sdbox/mailboxes/B/dbox-Mails", None, dir(), Some("u/sdbox/mailboxes/A/dbox-Mails"))
+            .came("u/sdbox/mailboxes/B/dbox-Mails/u.1", "mail");
+        if there {
+            for (path, entry) in [("u/sdbox/mailboxes/A", plain_dir()), ("u/sdbox/mailboxes/A/dbox-Mails/u.1", file("mail"))] {
+                world.theirs.insert(Ask::Path(p(path)), Found { path: p(path), entry, flags: Flags::new() });
+            }
+        }
+        world
+    };
+    let plan = |world: &World| reconcile(&world.tail, Mail::Boxes(&Boxes::default()), Policy::Merge, &world.theirs);
+    let (gone, there) = (plan(&world(false)), plan(&world(true)));
+    assert_eq!(gone.rescue, [p("u/sdbox/mailboxes/B/dbox-Mails/u.1")]);
+    assert!(there.rescue.is_empty(), "{there:?}");
+    let [item] = &there.items[..] else { panic!("{there:?}") };
+    let rename = Task::Rename { mailbox: p("A"), to: p("B") };
+    assert_eq!(item.merge, Some(Merge::Server { owner: p("u/sdbox"), task: rename }));
+}

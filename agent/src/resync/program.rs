@@ -566,3 +566,69 @@ fn imap_flags(flags: &Flags) -> Vec<String> {
     let atom = |flag: &String| !flag.is_empty() && flag.bytes().all(|byte| byte.is_ascii_graphic() && !b"(){%*\"\\]".contains(&byte));
     flags.iter().filter(|flag| atom(flag)).map(name).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{Grouping, Selection};
+
+    fn p(text: &str) -> RelPath {
+        RelPath::new(text.as_bytes()).unwrap()
+    }
+
+    fn program(root: &std::path::Path) -> Program {
+        Program::new(&Lent {
+            root: root.into(),
+            mirror_dir: root.into(),
+            selection: Selection::new(Layout::Sdbox, vec![]),
+            grouping: Grouping::new(vec![]),
+            name: "mail".into(),
+            tool: std::sync::Arc::default(),
+            alone: std::sync::Arc::default(),
+        })
+    }
+
+    #[test]
+    fn what_means_something_else_to_a_mail_server_is_not_asked_of_it() {
+        let program = program(std::path::Path::new("/nonexistent"));
+        let flags =
+            |mailbox: &str| Task::Flags { at: Place { mailbox: p(mailbox), index: 1, uid: 1 }, set: Flags::new(), clear: Flags::new() };
+        let create = |mailbox: &str| Task::Create { mailbox: p(mailbox) };
+        let odd = |owner: &str, task: &Task| program.odd(&p(owner), task).is_some();
+        assert!(!odd("anna/sdbox", &flags("INBOX")) && !odd("anna/sdbox", &create("50% off")));
+        assert!(odd("anna/sdbox", &flags("50% off")) && odd("anna/sdbox", &flags("a*")));
+        assert!(odd("*/sdbox", &create("x")) && odd("an?a/sdbox", &create("x")));
+        assert!(
+            odd("anna/sdbox", &create(".twinbox-x")) && odd("anna/sdbox", &create("a/.twinbox-x/b")) && odd("anna/sdbox", &create("a\nb"))
+        );
+        let some: Flags = ["S", "F", "$Work", "two words", "\\Seen", "a\"b", ""].map(String::from).into();
+        assert_eq!(imap_flags(&some), ["$Work", "\\Flagged", "\\Seen"]);
+    }
+
+    #[test]
+    fn a_message_is_handed_over_whole_and_nothing_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = program(dir.path());
+        let me = rustix::process::getuid().as_raw();
+        let entry = Entry {
+            uid: me,
+            gid: rustix::process::getgid().as_raw(),
+            mtime: twinbox_protocol::entry::Time { secs: 1_700_000_000, nanos: 0 },
+            ..twinbox_resync::manifest::plain_dir()
+        };
+        let flags: Flags = ["S", "$Work", "urgent"].map(String::from).into();
+        let handed = program.maildir(&p("A &- B/Sub"), b"From: a\n\nmail\n", &flags, &entry).unwrap();
+        let folder = handed.path().join("A &- B/Sub");
+        let message = folder.join("cur/1700000000.M1P1.twinbox:2,Sab");
+        assert_eq!(fs::read(&message).unwrap(), b"From: a\n\nmail\n");
+        assert_eq!(fs::metadata(&message).unwrap().modified().unwrap(), UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+        assert_eq!(fs::read_to_string(folder.join("dovecot-keywords")).unwrap(), "0 $Work\n1 urgent\n");
+        assert!(folder.join("new").is_dir() && folder.join("tmp").is_dir());
+        assert!(program.lent.selection.excludes(handed.path().file_name().unwrap().as_bytes(), true), "never mirrored");
+        std::mem::forget(handed); // Killed.
+        program.sweep();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let inbox = program.maildir(&p("INBOX"), b"x", &Flags::new(), &entry).unwrap();
+        assert_eq!(fs::read_dir(inbox.path().join("cur")).unwrap().count(), 1);
+    }
+}
