@@ -26,6 +26,7 @@ const DATAGRAM: usize = 65_536;
 #[derive(Debug, Default)]
 struct Switches {
     paused: AtomicBool,
+    muted: AtomicBool,
     stop: AtomicBool,
     loss_percent: AtomicU64,
     delay_us: AtomicU64,
@@ -96,6 +97,11 @@ impl Relay {
         self.switches.paused.store(paused, Ordering::SeqCst);
     }
 
+    /// Loses everything (or nothing more) that the target says.
+    pub fn mute(&self, muted: bool) {
+        self.switches.muted.store(muted, Ordering::SeqCst);
+    }
+
     /// Loses this many datagrams in a hundred.
     pub fn lose(&self, percent: u64) {
         self.switches.loss_percent.store(percent, Ordering::SeqCst);
@@ -142,6 +148,9 @@ fn accept(front: &Arc<UdpSocket>, target: SocketAddr, switches: &Arc<Switches>, 
                     let mut buffer = vec![0_u8; DATAGRAM];
                     while !switches.stop.load(Ordering::SeqCst) {
                         let Ok((len, _)) = socket.recv_from(&mut buffer) else { continue };
+                        if switches.muted.load(Ordering::SeqCst) {
+                            continue;
+                        }
                         pass(&switches, &queue, &rng, &front, from, &buffer[..len]);
                     }
                 }));
@@ -220,6 +229,9 @@ mod tests {
         relay.lose(100);
         assert!(!turn(b"four"));
         relay.lose(0);
-        assert!(turn(b"five"));
+        relay.mute(true);
+        assert!(!turn(b"five"));
+        relay.mute(false);
+        assert!(turn(b"six"));
     }
 }
