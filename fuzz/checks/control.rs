@@ -35,7 +35,7 @@ fn greetings(data: &[u8]) -> Option<()> {
             match agreed {
                 Verdict::Continue => assert!(*position == hello.position && *digest == hello.digest),
                 Verdict::PullSince(since) => {
-                    assert!(*since == hello.position.lsn && position.lsn > *since && *chain_at_yours == Some(hello.position.chain));
+                    assert!(*since == hello.position.lsn && position.lsn >= *since && *chain_at_yours == Some(hello.position.chain));
                 }
                 Verdict::PullAll { .. } => {}
                 other => panic!("{other:?} with a replica that is there"),

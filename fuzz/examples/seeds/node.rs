@@ -45,6 +45,7 @@ fn example() -> Config {
         state: PathBuf::from("/var/lib/twinbox"),
         listen: vec!["0.0.0.0:7440".parse().expect("an address")],
         limits: Limits::default(),
+        hooks: twinbox::hooks::Hooks::default(),
         fence: None,
         log: Log::default(),
         mirrors: vec![

@@ -10,6 +10,7 @@ use twinbox_protocol::lineage::{Lineage, Term};
 use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
 use twinbox_protocol::ops::{Attrs, Content, LogFrame, Op, Seal, Seg};
 use twinbox_protocol::path::RelPath;
+use twinbox_protocol::rejoin::{Ask, Changes, Differs, Flags, Found, Merge, Merged, Place, Task};
 
 use crate::seed;
 
@@ -131,6 +132,50 @@ fn promoted(mut replica: Replica, to: u64) -> Replica {
     replica
 }
 
+/// What a node that comes back asks, and has done.
+fn merges() -> Vec<(&'static str, Merge)> {
+    let (folder, unique) = (path("anna/Maildir/.Sent"), b"1.M1P1.host".to_vec());
+    let flags = || Flags::from(["S", "F", "$Work"].map(String::from));
+    let server = |task| Merge::Server { owner: path("anna/mdbox"), task };
+    let at = || Place { mailbox: path("INBOX"), index: 77, uid: 5 };
+    let print = ContentHash::of(MAIL);
+    vec![
+        ("dir", Merge::Dir { path: folder.clone(), entry: entry(Kind::Dir) }),
+        ("message", Merge::Message { folder: folder.clone(), unique: unique.clone(), flags: flags(), entry: file(MAIL) }),
+        ("flags", Merge::Flags { folder: folder.clone(), unique: unique.clone(), set: flags(), clear: Flags::new() }),
+        ("move", Merge::Move { from: path("anna/Maildir"), was: unique.clone(), folder, unique, set: Flags::new(), clear: flags() }),
+        ("file", Merge::File { path: path("anna/sieve"), entry: file(b"keep;") }),
+        ("rename", Merge::Rename { from: path("a/b"), to: path("a/c") }),
+        ("import", server(Task::Import { mailbox: path("A/B"), flags: flags(), entry: file(MAIL), print })),
+        ("server-flags", server(Task::Flags { at: at(), set: flags(), clear: flags() })),
+        ("server-move", server(Task::Move { at: at(), to: path("B"), print, guid: "3aece431".into(), set: flags(), clear: Flags::new() })),
+        ("server-rename", server(Task::Rename { mailbox: path("A"), to: path("B") })),
+        ("server-create", server(Task::Create { mailbox: path("B") })),
+    ]
+}
+
+fn rejoin(put: &dyn Fn(u8, &str, Vec<u8>)) {
+    let hash = ContentHash::of(MAIL);
+    put(0, "to-standby-rejoin", encode(&ToStandby::Rejoin(Box::new(hello()))));
+    let asks = vec![
+        Ask::Path(path("a/b")),
+        Ask::Message { folder: path("a/Maildir"), unique: b"1.host".to_vec() },
+        Ask::Mail { owner: path("a/mail"), mailbox: path("INBOX"), print: hash },
+    ];
+    put(0, "to-standby-ask", encode(&ToStandby::Ask { asks }));
+    put(0, "to-standby-changes", encode(&ToStandby::Changes));
+    for (name, merge) in merges() {
+        put(0, &format!("to-standby-merge-{name}"), encode(&ToStandby::Merge(Box::new(merge))));
+    }
+    put(0, "to-standby-piece", encode(&ToStandby::Piece { bytes: ByteBuf::from(MAIL) }));
+    put(0, "to-standby-end", encode(&ToStandby::End));
+    let found = Found { path: path("a/cur/1:2,S"), entry: file(MAIL), flags: Flags::from(["S".to_owned()]) };
+    put(1, "to-primary-found", encode(&ToPrimary::Found { found: vec![Some(found), None] }));
+    let changes = Changes { new: 1, changed: 2, gone: 3, first: vec![(Differs::Gone, path("a/new/1"))], has_program: true };
+    put(1, "to-primary-changed", encode(&ToPrimary::Changed(Box::new(changes))));
+    put(1, "to-primary-merged", encode(&ToPrimary::Merged(Merged::Kept { why: "it is there".into() })));
+}
+
 /// Every message, and greetings with every verdict.
 pub(crate) fn control() {
     let put = |kind: u8, name: &str, body: Vec<u8>| seed("control", name, &[&[kind][..], &body].concat());
@@ -167,6 +212,7 @@ pub(crate) fn control() {
     ] {
         put(1, name, encode(&message));
     }
+    rejoin(&put);
     put(2, "head-log", encode(&StreamHead::Log { mirror: "mail".into() }));
     put(2, "head-bulk", encode(&StreamHead::Bulk { mirror: "mail".into(), id: 3 }));
     put(3, "bulk-data", encode(&BulkItem::Seg(Seg::Data(ByteBuf::from(MAIL)))));
