@@ -218,9 +218,11 @@ impl Planner<'_> {
             let unseen = !self.seen.contains_key(to) && row.as_ref().is_some_and(|row| row.entry.is_dir());
             let needed = unseen || self.found(to).is_some_and(|f| f.entry.is_dir());
             let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };
-            let Some(row) = row else {
+            // What was below a directory that was moved without its rows has none either, whatever has rows there.
+            let below_passed = passed.iter().any(|other| from.is_within(other));
+            let Some(row) = row.filter(|_| !below_passed) else {
                 // Made since the last cut: it had no rows that anything below it could have been compared with, and is made under its new name.
-                if passed.iter().any(|other| from.is_within(other)) {
+                if below_passed {
                     skipped("moved here from a name that is not known")?;
                     passed.push(to.clone());
                 } else if self.view.row(to)?.is_some_and(|row| row.entry.is_dir()) {
@@ -229,7 +231,10 @@ impl Planner<'_> {
                 }
                 continue;
             };
-            if from == to || to.is_within(from) || from.is_within(to) || !(blind || row.local.is_some_and(|l| inos.contains(&l.ino))) {
+            // It is back, or never went.
+            let is_there = row.entry.is_dir() && self.found(from).is_some_and(|f| row.local.is_some_and(|l| l.ino == f.local.ino));
+            let is_it = blind || row.local.is_some_and(|l| inos.contains(&l.ino)) && !is_there;
+            if from == to || to.is_within(from) || from.is_within(to) || !is_it {
                 skipped("not what was moved here")?;
                 passed.push(to.clone());
                 continue;
@@ -243,7 +248,7 @@ impl Planner<'_> {
                 }
                 Err(error @ RowError::Store { .. }) => return Err(error.into()),
                 // A file's rename that does not fit is found again by content; a directory's was taken as whole by the capture.
-                Err(error) if row.entry.is_dir() => return Err(PlanError::Rescan { path: to.clone(), why: error.to_string() }),
+                Err(error) if row.entry.is_dir() || needed => return Err(PlanError::Rescan { path: to.clone(), why: error.to_string() }),
                 Err(_) => {}
             }
         }

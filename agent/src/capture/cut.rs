@@ -68,7 +68,7 @@ impl Engine {
         }
         let boundary = self.root.surely_before(wall());
         self.boundary()?;
-        self.scan.settle();
+        self.scan.settle(self.session.is_some());
         if !self.can_cut() {
             return Ok(true); // The events asked for a comparison first.
         }
@@ -173,22 +173,26 @@ impl Engine {
         if (self.fresh.is_empty() && !self.strayed) || self.fresh.len() > FRESH_SEARCHED || !self.complete {
             return false;
         }
+        // After a kill or a power cut the inode may not be known (yet).
+        let which = |row: &Row| row.entry.hash().map(|_| (row.local.map(|local| local.ino), row.entry.size(), row.entry.mtime));
+        // Files that went with their directory are not named one by one.
         let gone = |path: &RelPath| {
-            let row = self.view.row(&self.sets.origin(path)).ok()?.filter(|row| row.entry.hash().is_some())?;
-            // After a kill or a power cut the inode may not be known (yet).
-            Some((row.local.map(|local| local.ino), row.entry.size(), row.entry.mtime))
+            let origin = self.sets.origin(path);
+            let row = self.view.row(&origin).ok().flatten();
+            let below = row.as_ref().filter(|row| row.entry.is_dir()).and_then(|_| self.view.below(&origin).ok()).unwrap_or_default();
+            row.iter().chain(below.iter().map(|(_, row)| row)).filter_map(which).collect::<Vec<_>>()
         };
-        let mut gone: HashSet<(Option<u64>, u64, Time)> = self.sets.absent(unit).filter_map(gone).collect();
+        let mut gone: HashSet<(Option<u64>, u64, Time)> = self.sets.absent(unit).flat_map(gone).collect();
         if gone.is_empty() {
             return false;
         }
         // Renamed within the unit, or there under another name: it is somewhere.
         let here: HashSet<u64> = self.sets.inodes(unit).collect();
         let absent: HashSet<&RelPath> = self.sets.absent(unit).collect();
+        let is_absent = |path: RelPath| std::iter::successors(Some(path), RelPath::parent).any(|at| absent.contains(&at));
         gone.retain(|(ino, ..)| {
             ino.is_none_or(|ino| {
-                !here.contains(&ino)
-                    && self.view.by_ino(ino).is_ok_and(|names| names.iter().all(|name| absent.contains(&self.sets.now_at(name))))
+                !here.contains(&ino) && self.view.by_ino(ino).is_ok_and(|names| names.iter().all(|name| is_absent(self.sets.now_at(name))))
             })
         });
         if gone.is_empty() {
@@ -489,7 +493,7 @@ impl Engine {
     }
 
     /// What could not be committed has been dirty for as long as before: whoever waits for it still does.
-    fn mark_again(&mut self, path: &RelPath) {
+    pub(super) fn mark_again(&mut self, path: &RelPath) {
         self.mark(path, true, true, false);
         let group = self.group_of_marked(path);
         self.sets.backdate(&group, path, 0);

@@ -75,6 +75,7 @@ pub struct Renamed {
     /// The group of the old name.
     from: Group,
     hint: Hint,
+    is_dir: bool,
 }
 
 impl GroupState {
@@ -514,12 +515,16 @@ impl DirtySets {
         }
         if is_dir {
             self.move_below(from.1, to.1, to.0, now, group_of);
+            // Renames below it are in the groups that had those names: they go first, in the same cut.
+            let below = |g: &GroupState| g.hints.iter().any(|seen| seen.hint.to.is_within(from.1));
+            let with: Vec<Group> = self.groups.iter().filter(|(_, g)| below(g)).map(|(name, _)| name.clone()).collect();
+            with.iter().for_each(|name| self.join(to.0, name));
         }
         self.origins.renamed(from.1, to.1);
         if from.0 != to.0 {
             self.joins.insert((from.0.to_vec(), to.0.to_vec()));
         }
-        let mut seen = Renamed { at: 0, from: from.0.to_vec(), hint: Hint { from: from.1.clone(), to: to.1.clone() } };
+        let mut seen = Renamed { at: 0, from: from.0.to_vec(), hint: Hint { from: from.1.clone(), to: to.1.clone() }, is_dir };
         // The rename just before it moved the same thing: one from there to here says as much, and a file that wanders for hours is one hint.
         if let Some(before) = self.groups.get_mut(from.0)
             && before.hints.len() > before.frozen
@@ -538,10 +543,12 @@ impl DirtySets {
         }
     }
 
-    /// Whether a group has renames that are not committed.
+    /// Whether a directory of a group, or above it, has a rename that is not committed.
     #[must_use]
-    pub fn has_hints(&self, name: &[u8]) -> bool {
-        self.groups.get(name).is_some_and(|g| !g.hints.is_empty())
+    pub fn has_moved_dirs(&self, group: &RelPath) -> bool {
+        let concerns = |path: &RelPath| path.is_within(group) || group.is_within(path);
+        let hints = self.groups.values().flat_map(|g| &g.hints);
+        hints.filter(|seen| seen.is_dir).any(|seen| concerns(&seen.hint.from) || concerns(&seen.hint.to))
     }
 
     /// Renames that are not committed.

@@ -461,7 +461,7 @@ impl Engine {
         // heals what we do not know.
         if self.session.is_some() && self.complete && self.scan.is_done() {
             // Not while renames are under way to the rows: compared with the old name's, a directory hides what is left of an earlier one under its own.
-            let rests = |group: &Group| !self.sets.has_hints(group);
+            let rests = |group: &Group| !RelPath::new(group).is_ok_and(|group| self.sets.has_moved_dirs(&group));
             let due: Vec<Group> =
                 self.rechecks.iter().filter(|(group, at)| **at <= now && rests(group)).map(|(group, _)| group.clone()).collect();
             for group in due {
@@ -661,6 +661,8 @@ impl Engine {
         if event.mask.contains(ReadFlags::QUEUE_OVERFLOW) {
             self.summary.overflows += 1;
             self.halves.clear();
+            // Where they led may have been left since.
+            self.distrust_renames();
             // What was seen and is not committed may be gone by an event that was lost, and the comparison looks for it among the rows only.
             for path in self.sets.observed() {
                 self.mark(&path, true, true, false);
@@ -802,7 +804,9 @@ impl Engine {
             self.ahead_moved(&from.path, to);
             let fresh = super::ahead::take_within(&mut self.fresh, &from.path);
             self.fresh.extend(fresh.into_iter().filter_map(|(path, ino)| Some((path.rebase(&from.path, to)?, ino))));
-            if !from.is_dir && self.complete && !self.scan.is_settled() {
+            use twinbox_resync::rows::Rows;
+            let is_known = || self.view.row(&self.sets.origin(&from.path)).is_ok_and(|row| row.is_some_and(|row| row.local.is_some()));
+            if !from.is_dir && self.complete && !self.scan.is_settled() && !is_known() {
                 // It may have come while nobody watched, and have gone past the comparison: from where that has not been to where it has.
                 self.fresh.insert(to.clone(), None);
             }
@@ -831,7 +835,7 @@ impl Engine {
     pub(super) fn distrust_renames(&mut self) {
         let (to, from) = self.sets.distrust();
         for path in &to {
-            self.mark(path, true, true, false);
+            self.mark_again(path); // Whatever round it is: its groups may not be cut together any more.
         }
         for path in from.into_iter().chain(to) {
             // A directory that is not watched yet is going to be listed, or is none: files are looked at one by one.
@@ -852,6 +856,9 @@ impl Engine {
         if !half.excluded {
             self.mark(&half.path, false, false, false);
             if half.is_dir {
+                if self.sets.hint_count() > 0 {
+                    self.distrust_renames(); // One of them may have brought it where it left, and it may come back.
+                }
                 self.void_below(&half.path);
                 // What we forgot may have been its successor, listed before these events.
                 self.push_scan(half.path.clone());

@@ -683,6 +683,72 @@ fn a_message_moved_while_nobody_watched_is_never_nowhere_though_it_moves_on_whil
 }
 
 #[test]
+fn a_folder_that_left_the_tree_and_came_back_is_never_empty() {
+    for overflow in [false, true] {
+        let mut rig = started(&["u/F/cur"]);
+        fs::write(rig.root.join("u/F/cur/m"), b"mail").unwrap();
+        rig.settle();
+        rig.somewhere = vec!["u/F/cur/m"];
+        rig.disconnect();
+        let outside = rig.dir.path().join("outside");
+        fs::rename(rig.root.join("u/F"), rig.root.join("u/T")).unwrap();
+        rig.engine.boundary().unwrap();
+        if overflow {
+            // What follows is not seen.
+            fs::rename(rig.root.join("u/T"), rig.root.join("u/F")).unwrap();
+            rig.engine.watch.read(&mut vec![]).unwrap();
+            let lost = Event { wd: -1, mask: ReadFlags::QUEUE_OVERFLOW, cookie: 0, name: vec![] };
+            rig.engine.event(&lost).unwrap();
+        } else {
+            fs::rename(rig.root.join("u/T"), &outside).unwrap();
+            rig.engine.boundary().unwrap();
+            fs::rename(&outside, rig.root.join("u/F")).unwrap();
+        }
+        rig.engine.boundary().unwrap();
+        rig.connect();
+        rig.settle();
+        rig.check();
+    }
+}
+
+#[test]
+fn a_message_whose_folder_is_gone_too_is_never_nowhere_though_it_moves_on_while_it_is_looked_for() {
+    for moment in 0..30 {
+        for (here, there) in [("b/x", "c/x"), ("c/x", "b/x")] {
+            let mut rig = started(&["a/F", "b", "c"]);
+            fs::write(rig.root.join("a/F/x"), b"mail").unwrap();
+            rig.settle();
+            rig.somewhere = vec!["a/F/x", here, there];
+            rig.disconnect();
+            fs::rename(rig.root.join("a/F/x"), rig.root.join(here)).unwrap();
+            fs::remove_dir(rig.root.join("a/F")).unwrap();
+            for group in ["b", "c"] {
+                fs::write(rig.root.join(group).join("big"), big()).unwrap(); // Where it is now waits.
+            }
+            rig.engine.boundary().unwrap();
+            rig.engine.sets.clear();
+            rig.engine.fresh.clear();
+            rig.engine.scan.forget_inodes();
+            rig.engine.compare = true;
+            rig.stage = false;
+            let (root, mut calls) = (rig.root.clone(), 0);
+            rig.engine.meanwhile = Some(Box::new(move || {
+                if calls == moment {
+                    fs::rename(root.join(here), root.join(there)).unwrap();
+                }
+                calls += 1;
+            }));
+            rig.connect();
+            (0..20).for_each(|_| rig.turn());
+            rig.stage = true;
+            rig.settle();
+            rig.engine.meanwhile = None;
+            rig.check();
+        }
+    }
+}
+
+#[test]
 fn a_large_file_changed_under_one_name_is_changed_under_the_other() {
     let mut rig = started(&["u"]);
     fs::write(rig.root.join("u/a"), big()).unwrap();

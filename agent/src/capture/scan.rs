@@ -55,12 +55,16 @@ impl Moved {
         }
     }
 
-    /// Pairs of groups that are cut together; `last`: nothing is remembered from here on.
-    fn between_groups(&mut self, last: bool) -> BTreeSet<(Group, Group)> {
-        self.over |= last;
-        let (went, mut pairs) = (std::mem::take(&mut self.went), BTreeSet::new());
-        for (which, to) in std::mem::take(&mut self.came) {
-            let Some(from) = went.get(&which) else { continue };
+    /// Nothing more comes of this comparison; `last`: nothing is remembered from here on.
+    fn end(&mut self, last: bool) {
+        *self = Moved { over: self.over | last, ..Moved::default() };
+    }
+
+    /// Pairs of groups that are cut together.
+    fn between_groups(&self) -> BTreeSet<(Group, Group)> {
+        let mut pairs = BTreeSet::new();
+        for (which, to) in &self.came {
+            let Some(from) = self.went.get(which) else { continue };
             // What went in the same group was moved within it; what others lost are copies.
             for to in to.difference(from) {
                 pairs.extend(from.iter().map(|from| (from.clone(), to.clone())));
@@ -103,9 +107,12 @@ impl Scan {
         !self.unsettled
     }
 
-    /// The queue was taken up to a moment ago.
-    pub(super) fn settle(&mut self) {
-        self.unsettled &= !self.is_done();
+    /// The queue was taken up to a moment ago; `followed`: a life's first comparison is over with that.
+    pub(super) fn settle(&mut self, followed: bool) {
+        if self.unsettled && self.is_done() {
+            self.unsettled = false;
+            self.moved.end(followed);
+        }
     }
 
     /// The next comparison is as the first one of a life.
@@ -248,8 +255,7 @@ impl Engine {
         }
         if self.scan.is_done() {
             self.strayed = false;
-            // A life's first comparison begins with its first session.
-            for (from, to) in self.scan.moved.between_groups(self.session.is_some()) {
+            for (from, to) in self.scan.moved.between_groups() {
                 self.sets.join(&from, &to);
             }
         }
@@ -365,9 +371,14 @@ impl Engine {
         let (Some(path), Some(origin)) = (listing.0.join(name), listing.1.join(name)) else { return Ok(()) };
         self.mark(&path, false, true, false);
         self.scan.moved.went(row, self.group_of(&path, false));
-        if row.entry.is_dir() && !self.scan.moved.over {
+        // Above groups, it takes them with it: they are not gone before they are where they are now.
+        let (own, is_above) = (self.group_of(&path, true), self.group_of(&path, true).is_empty());
+        if row.entry.is_dir() && (!self.scan.moved.over || is_above) {
             for (below, row) in self.view.below(&origin)? {
-                let group = self.group_of(&below.rebase(&origin, &path).unwrap_or(below), false);
+                let group = self.group_of(&below.rebase(&origin, &path).unwrap_or(below), row.entry.is_dir());
+                if is_above {
+                    self.sets.join(&own, &group);
+                }
                 self.scan.moved.went(&row, group);
             }
         }
