@@ -111,6 +111,11 @@ impl Site {
         must(&mut imap, &format!("UID MOVE {uid} {}", quoted(&new)))?;
         let uid = imap.uids()?[4];
         must(&mut imap, &format!("UID MOVE {uid} {}", quoted("Folder 1")))?;
+        if self.layout != Layout::Mbox {
+            // As clients do that keep a year's mail.
+            must(&mut imap, &format!("RENAME {} {}", quoted("Folder 2"), quoted("Kept 2")))?;
+            must(&mut imap, &format!("CREATE {}", quoted("Folder 2")))?;
+        }
         for folder in ["50% off", "all"] {
             imap.select(folder)?;
             must(&mut imap, &format!("UID STORE 1:* +FLAGS (\\Flagged {KEYWORD})"))?;

@@ -306,9 +306,11 @@ fn failback_mbox() {
 fn failback_of_what_is_easily_got_wrong() {
     require!(Need::Namespaces, Need::Dovecot);
     let _turn = heavy();
-    for layout in Layout::MAIL {
+    // A folder that another one took the name of: where each message has a file, they are moved; mdbox leaves them.
+    let all = [(Layout::Mdbox, 2), (Layout::Mbox, 1), (Layout::Sdbox, 3), (Layout::Maildir, 3)];
+    for (layout, moves) in all.into_iter().take(if full() { 4 } else { 2 }) {
         let done = Site::awkward(layout).run(Duration::from_secs(3), |_| {}).unwrap();
         let counted = count(&done);
-        assert_eq!(counted.get("move"), Some(if layout == Layout::Mbox { &1 } else { &2 }), "{layout:?}: {done:#}");
+        assert_eq!(counted.get("move"), Some(&moves), "{layout:?}: {done:#}");
     }
 }

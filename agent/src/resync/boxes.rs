@@ -13,7 +13,7 @@ use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 use twinbox_protocol::rejoin::{Ask, FLAGS_MAX, Flags, Merge, Place, Task};
 use twinbox_resync::boxes::dbox::{self, Message};
-use twinbox_resync::boxes::log::{Said, index_id, numbers};
+use twinbox_resync::boxes::log::{Said, begins, index_id};
 use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, canonical, fingerprint, mbox, unpacked};
 use twinbox_resync::reconcile::{Boxes, Item, Outcome, Part, Tail, Theirs, What, before, folder_moves};
 
@@ -23,7 +23,7 @@ use crate::tree::Root;
 /// No log is larger: Dovecot begins a new one long before.
 const LOG_MAX: u64 = 64 << 20;
 /// A message that is larger is not taken into memory, but kept.
-const MESSAGE_MAX: u64 = 1 << 30;
+const MESSAGE_MAX: u64 = 1 << 29;
 const LOG: &[u8] = b"dovecot.index.log";
 
 /// Where a message is.
@@ -43,6 +43,10 @@ struct Mailbox {
     said: Said,
     /// Nobody can tell from its log what was done.
     is_unknown: bool,
+    /// At the fork it had this name, and another mailbox has it now.
+    stands_for: Option<RelPath>,
+    /// Index that the mailbox of this name had at the fork, when another one has the name now.
+    was_index: Option<u32>,
     /// sdbox: messages that came, by UID.
     files: BTreeMap<u32, Held>,
     /// sdbox: messages that went.
@@ -60,13 +64,22 @@ pub(super) fn dbox(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -
     let reader = Reader { all, moves: folder_moves(tail), root };
     let mut mailboxes: BTreeMap<(RelPath, RelPath), Mailbox> = BTreeMap::new();
     let mut stores: BTreeSet<RelPath> = BTreeSet::new();
+    let mut items = vec![];
     for (path, it) in all {
         let Some(dir) = path.parent() else { continue };
         if dir.name() == STORAGE && path.name().starts_with(b"m.") {
             stores.extend(dir.parent());
             continue;
         }
-        let Some((owner, name)) = boxes::place(path).filter(|_| dir.name() == MAILS && reader.is_mailbox(&dir)) else { continue };
+        let Some((owner, name)) = boxes::place(path).filter(|_| dir.name() == MAILS) else { continue };
+        if !reader.is_mailbox(&dir) {
+            // Alternative storage has what was elsewhere; what is new here belongs to indexes that are not here.
+            let new = it.ours.as_ref().filter(|_| it.fork.is_none()).and_then(|(entry, _)| entry.hash());
+            if boxes::is_message(path) && new.is_some_and(|hash| !reader.was_here(hash)) {
+                items.push(kept(What::Message, path.clone(), "the indexes of its mailbox are not kept beside it"));
+            }
+            continue;
+        }
         if let Some(uid) = boxes::uid(path) {
             reader.file((&owner, &name), path, uid, it, &mut mailboxes)?;
         } else if path.name() == LOG && it.ours.is_some() {
@@ -79,10 +92,31 @@ pub(super) fn dbox(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -
         let held = reader.storage(&owner, true)?;
         found.insert(owner, held);
     }
-    let mut items = vec![];
+    // A mailbox that has another name now, while a new one has its own: what it was is in its log.
+    let stand: Vec<(RelPath, RelPath, Option<u32>)> =
+        mailboxes.iter().filter_map(|((owner, _), it)| Some((owner.clone(), it.stands_for.clone()?, it.index))).collect();
+    for (owner, was, index) in stand {
+        let dir = mailbox_dir(&owner, &was);
+        let log = reader.whole(&join(&dir, &[LOG]), LOG_MAX)?.unwrap_or_default();
+        let older = reader.whole(&join(&dir, &[b"dovecot.index.log.2"]), LOG_MAX)?;
+        let mailbox = mailboxes.entry((owner, was)).or_default();
+        if let (true, Ok(said)) = (mailbox.is_unknown, Said::since(&log, older.as_deref(), None)) {
+            (mailbox.said, mailbox.is_unknown) = (said, false);
+        }
+        mailbox.was_index = index;
+    }
     let mut owners: BTreeMap<RelPath, Vec<(RelPath, Mailbox)>> = BTreeMap::new();
     for ((owner, name), mailbox) in mailboxes {
         owners.entry(owner).or_default().push((name, mailbox));
+    }
+    for (owner, held) in &found {
+        if !held.is_empty() && !owners.contains_key(owner) {
+            items.push(kept(
+                What::File,
+                join(owner, &[STORAGE]),
+                "messages came, and the indexes of their mailboxes are not kept beside it",
+            ));
+        }
     }
     for (owner, mailboxes) in owners {
         let is_mdbox = root.stat(&join(&owner, &[STORAGE])).ok().flatten().is_some();
@@ -116,7 +150,8 @@ impl Reader<'_> {
     fn whole(&self, path: &RelPath, most: u64) -> Result<Option<Vec<u8>>, TailError> {
         let file = match self.root.file(path) {
             Ok(file) => File::from(file),
-            Err(Errno::NOENT) => return Ok(None),
+            // What is no file is none.
+            Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => return Ok(None),
             Err(source) => return Err(TailError::Disk { path: path.clone(), source }),
         };
         let read = || {
@@ -138,6 +173,11 @@ impl Reader<'_> {
         self.all.get(&self.at_fork(path)).and_then(|it| it.fork.as_ref()).map(|row| &row.entry)
     }
 
+    /// Whether a file of this content went somewhere.
+    fn was_here(&self, hash: ContentHash) -> bool {
+        self.all.values().any(|it| it.ours.is_none() && it.fork.as_ref().is_some_and(|row| row.entry.hash() == Some(hash)))
+    }
+
     /// Alternative storage has directories of messages, too, but no indexes.
     fn is_mailbox(&self, dir: &RelPath) -> bool {
         let log = join(dir, &[LOG]);
@@ -153,7 +193,7 @@ impl Reader<'_> {
         mailboxes: &mut BTreeMap<(RelPath, RelPath), Mailbox>,
     ) -> Result<(), TailError> {
         match (&it.fork, &it.ours) {
-            (_, Some((entry, _))) if self.fork(path).is_none_or(|fork| fork.kind != entry.kind) => {
+            (_, Some((entry, _))) if entry.hash().is_some() && self.fork(path).is_none_or(|fork| fork.kind != entry.kind) => {
                 let mailbox = mailboxes.entry((owner.clone(), name.clone())).or_default();
                 let file = self.open(path)?;
                 let found = dbox::messages(&file, 0).ok().and_then(|(all, _)| all.into_iter().next());
@@ -182,31 +222,31 @@ impl Reader<'_> {
     fn log(&self, path: &RelPath, mailbox: &mut Mailbox) -> Result<(), TailError> {
         let Some(now) = self.whole(path, LOG_MAX)? else { return Ok(()) };
         let older = match path.parent().and_then(|dir| dir.join(b"dovecot.index.log.2")) {
-            // Only the one that it goes on from.
-            Some(older) => self.whole(&older, LOG_MAX)?.filter(|older| numbers(older).zip(numbers(&now)).is_some_and(|(a, b)| a.0 == b.1)),
+            Some(older) => self.whole(&older, LOG_MAX)?,
             None => None,
         };
-        mailbox.index = index_id(&now);
-        let fork = self.fork(path).map(|entry| entry.kind.clone());
-        let begins = |bytes: &[u8], len: u64, hash: ContentHash| {
-            usize::try_from(len).is_ok_and(|len| bytes.get(..len).is_some_and(|head| ContentHash::of(head) == hash))
+        let fork = self.fork(path).and_then(|entry| Some((entry.size(), entry.hash()?)));
+        // It may be another mailbox's of the fork, whose name a new one has.
+        let (fork, stands_for) = match fork {
+            Some(fork) => (Some(fork), None),
+            None => self.log_of_the_fork(path, &now).map_or((None, None), |(name, fork)| (Some(fork), Some(name))),
         };
-        let read = match fork {
-            None => {
-                let before = numbers(older.as_deref().unwrap_or(&now)).is_none_or(|(_, before)| before != 0);
-                let read = older.map_or(Ok(()), |older| mailbox.said.read(&older, 0)).and_then(|()| mailbox.said.read(&now, 0));
-                // What older logs said is lost.
-                if before { Err(boxes::log::LogError) } else { read }
-            }
-            Some(Kind::File { size, hash }) if begins(&now, size, hash) => mailbox.said.read(&now, size as usize),
-            Some(Kind::File { size, hash }) => match older.filter(|older| begins(older, size, hash)) {
-                Some(older) => mailbox.said.read(&older, size as usize).and_then(|()| mailbox.said.read(&now, 0)),
-                None => Err(boxes::log::LogError),
-            },
-            Some(_) => Err(boxes::log::LogError),
-        };
-        mailbox.is_unknown = read.is_err();
+        match Said::since(&now, older.as_deref(), fork) {
+            Ok(said) => (mailbox.said, mailbox.index, mailbox.stands_for) = (said, index_id(&now), stands_for),
+            Err(_) => mailbox.is_unknown = true,
+        }
         Ok(())
+    }
+
+    /// Of which mailbox of the same owner a log was, at the fork.
+    fn log_of_the_fork(&self, path: &RelPath, now: &[u8]) -> Option<(RelPath, (u64, ContentHash))> {
+        let (owner, _) = boxes::place(path)?;
+        self.all.iter().filter(|(other, it)| other.name() == LOG && it.ours.is_some() && other.is_within(&owner)).find_map(|(other, it)| {
+            let row = it.fork.as_ref()?;
+            let fork = (row.entry.size(), row.entry.hash()?);
+            let (_, name) = boxes::place(other).filter(|(of, _)| *of == owner && fork.0 > 0 && begins(now, fork))?;
+            Some((name, fork))
+        })
     }
 
     /// Messages of mdbox by GUID: those that were written after the fork, or all.
@@ -220,7 +260,8 @@ impl Reader<'_> {
         };
         let listed = crate::tree::list(std::os::fd::AsFd::as_fd(&fd));
         for item in self.disk(&dir, listed)? {
-            let Some(path) = dir.join(&item.name).filter(|path| path.name().starts_with(b"m.")) else { continue };
+            let is_file = item.kind == rustix::fs::FileType::RegularFile && item.name.starts_with(b"m.");
+            let Some(path) = dir.join(&item.name).filter(|_| is_file) else { continue };
             let it = self.all.get(&path);
             let Some(entry) = it.and_then(|it| it.ours.as_ref().map(|(entry, _)| entry.clone())).or_else(|| {
                 let stat = self.root.stat(&path).ok().flatten().filter(|_| !after)?;
@@ -413,7 +454,9 @@ fn moved_item(
 ) -> Item {
     let print = sent.print();
     let item = Item { what: What::Move, from: Some(from), ..sent };
-    let (Some(index), Some(print), Some(Merge::Server { owner, .. })) = (of.index, print, &item.merge) else { return item };
+    let (Some(index), Some(print), Some(Merge::Server { owner, .. })) = (of.was_index.or(of.index), print, &item.merge) else {
+        return item;
+    };
     let (mut set, mut clear) = (Flags::new(), Flags::new());
     for marked in [of.said.marked.get(&uid), into.said.marked.get(&now)].into_iter().flatten() {
         set = set.difference(&marked.clear).cloned().chain(marked.set.iter().cloned()).collect();
@@ -424,6 +467,11 @@ fn moved_item(
         Task::Move { at, to: to.clone(), print, guid: String::from_utf8_lossy(guid).into_owned(), set: some(&set), clear: some(&clear) };
     let merge = Some(Merge::Server { owner: owner.clone(), task });
     Item { merge, ..item }
+}
+
+/// What a person has to look at.
+fn kept(what: What, path: RelPath, why: &str) -> Item {
+    Item { what, path, from: None, outcome: Outcome::Rescue { why: why.into() }, merge: None, part: None }
 }
 
 fn deleted(path: RelPath) -> Item {
@@ -553,6 +601,13 @@ impl Mboxes {
                 boxes.items.push(deleted(label(*uid)));
             }
             reader.marked(owner, name, mailbox, label, &gone, &mut boxes.items);
+            if mailbox.is_unknown {
+                boxes.items.push(kept(
+                    What::File,
+                    join(&dir, &[LOG]),
+                    "this log does not go on from what both had: of flags and deletions nothing is known",
+                ));
+            }
         }
         boxes
     }

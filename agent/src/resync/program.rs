@@ -32,7 +32,7 @@ use crate::tree::{self, Root};
 /// No log is larger: Dovecot begins a new one long before.
 const LOG_MAX: u64 = 64 << 20;
 /// A message that is larger is no mail.
-const MESSAGE_MAX: u64 = 1 << 30;
+const MESSAGE_MAX: u64 = 1 << 29;
 
 /// Messages of a mailbox that were not there at the fork.
 #[derive(Default)]
@@ -106,7 +106,8 @@ impl Program {
     ) -> Result<Merged, StoreError> {
         let Some(tool) = self.tool() else { return Ok(kept("that node has no [hooks] merge program")) };
         let exists = |mailbox: &RelPath| {
-            let place = if self.is_mbox() { mbox_file(root, owner, mailbox) } else { mailbox_dir(owner, mailbox) };
+            // A directory that others lie in is no mailbox yet.
+            let place = if self.is_mbox() { mbox_file(root, owner, mailbox) } else { join(&mailbox_dir(owner, mailbox), &[MAILS]) };
             Ok::<_, StoreError>(root.stat(&place).map_err(disk(&place))?.is_some())
         };
         if let Some(why) = self.odd(owner, task) {
@@ -172,7 +173,9 @@ impl Program {
             if name.is_root() || below.is_none_or(|below| excluded(&below)) || excluded(&mailbox_dir(owner, name)) {
                 return Some("it is not mirrored on this node");
             }
-            if name.as_bytes().iter().any(u8::is_ascii_control) {
+            // What the program makes of it must be this one.
+            let said = folder_name(name.as_bytes());
+            if said.chars().any(char::is_control) || boxes::disk_name(&said) != name.as_bytes() {
                 return Some("that mailbox's name cannot be handed to a program");
             }
         }
@@ -185,6 +188,12 @@ impl Program {
         let (set, clear) = (flags(set), flags(clear));
         if set.is_empty() && clear.is_empty() {
             return Ok(Merged::Already);
+        }
+        if self.lent.selection.layout() == Layout::Sdbox {
+            let file = join(&self.index(owner, &at.mailbox), &[format!("u.{}", at.uid).as_bytes()]);
+            if root.stat(&file).map_err(disk(&file))?.is_none() {
+                return Ok(kept("it was deleted meanwhile"));
+            }
         }
         let more = [("TWINBOX_UID", at.uid.to_string().into()), ("TWINBOX_SET", set), ("TWINBOX_CLEAR", clear)];
         self.ask(tool, root, owner, "flags", &at.mailbox, more)
@@ -202,7 +211,7 @@ impl Program {
     ) -> Result<Merged, StoreError> {
         let arrived = |program: &mut Self| {
             Ok::<_, StoreError>(
-                program.has_come(store.0, store.1, owner, to, guid)?
+                program.has_come(store.0, owner, to, guid)?
                     || program.lent.selection.layout() != Layout::Mdbox && program.is_in(store, owner, to, print)?,
             )
         };
@@ -223,23 +232,25 @@ impl Program {
         Ok(done)
     }
 
-    /// Whether a mailbox's log says that a message of this GUID came after the fork.
-    fn has_come(&self, root: &Root, manifest: &Manifest, owner: &RelPath, mailbox: &RelPath, guid: &str) -> Result<bool, StoreError> {
+    /// Whether a mailbox's log says that a message of this GUID came, and is there.
+    fn has_come(&self, root: &Root, owner: &RelPath, mailbox: &RelPath, guid: &str) -> Result<bool, StoreError> {
         let log = join(&self.index(owner, mailbox), &[b"dovecot.index.log"]);
         if guid.is_empty() || self.is_mbox() {
             return Ok(false);
         }
-        let file = match root.file(&log) {
-            Ok(file) => File::from(file),
-            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(false),
-            Err(source) => return Err(disk(&log)(source)),
+        let read = |path: &RelPath| {
+            let file = match root.file(path) {
+                Ok(file) => File::from(file),
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO) => return Ok(None),
+                Err(source) => return Err(disk(path)(source)),
+            };
+            let mut bytes = vec![0; file.metadata().map_err(|error| disk(path)(os(&error)))?.len().min(LOG_MAX) as usize];
+            file.read_exact_at(&mut bytes, 0).map_err(|error| disk(path)(os(&error)))?;
+            Ok(Some(bytes))
         };
-        let mut bytes = vec![0; file.metadata().map_err(|error| disk(&log)(os(&error)))?.len().min(LOG_MAX) as usize];
-        file.read_exact_at(&mut bytes, 0).map_err(|error| disk(&log)(os(&error)))?;
-        let fork = manifest.row(&log).map_err(super::tail::TailError::from)?.map_or(0, |row| row.entry.size()) as usize;
-        let mut said = Said::default();
-        // Once it was begun anew, all of it is later.
-        let _ = said.read(&bytes, if fork <= bytes.len() { fork } else { 0 });
+        let Some(now) = read(&log)? else { return Ok(false) };
+        let older = read(&join(&self.index(owner, mailbox), &[b"dovecot.index.log.2"]))?;
+        let said = Said::messages(&now, older.as_deref());
         Ok(said.came.iter().any(|uid| !said.went.contains_key(uid) && said.guids.get(uid).is_some_and(|came| came == guid.as_bytes())))
     }
 
@@ -251,7 +262,7 @@ impl Program {
         match read {
             Ok(got) if index_id(&head[..got]) == Some(at.index) => Ok(None),
             Ok(_) => Ok(Some(kept("another mailbox has that name by now"))),
-            Err(Errno::NOENT | Errno::NOTDIR) => Ok(Some(kept("the mailbox is not there any more"))),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO) => Ok(Some(kept("the mailbox is not there any more"))),
             Err(source) => Err(disk(&log)(source)),
         }
     }
@@ -403,7 +414,9 @@ impl Program {
         let mut read = fresh.remove(b"".as_slice()).unwrap_or_default().read;
         for item in listed {
             let Some(path) = dir.join(&item.name) else { continue };
-            if !(if multi { item.name.starts_with(b"m.") } else { boxes::is_message(&path) }) {
+            let is_mail = if multi { item.name.starts_with(b"m.") } else { boxes::is_message(&path) };
+            // A message of sdbox is read once.
+            if !is_mail || item.kind != FileType::RegularFile || (!multi && read.contains_key(&path)) {
                 continue;
             }
             let row = manifest.row(&path).map_err(super::tail::TailError::from)?;
@@ -427,8 +440,11 @@ impl Program {
                 continue;
             }
             let mut at = from;
-            for message in dbox::messages(&file, from).map(|(all, _)| all).unwrap_or_default() {
-                at = at.max(message.bytes.end);
+            let (messages, why) = dbox::messages(&file, from).unwrap_or_default();
+            if why.is_none() {
+                at = len; // To its end; else there may be more of the last one soon.
+            }
+            for message in messages {
                 let size = message.bytes.end - message.bytes.start;
                 if size > MESSAGE_MAX {
                     continue;
@@ -444,7 +460,8 @@ impl Program {
             read.insert(path, at);
         }
         fresh.entry(vec![]).or_default().read = read;
-        let names = [mailbox.as_bytes().to_vec(), folder_name(mailbox.as_bytes()).into_bytes(), b"one".to_vec()];
+        let names =
+            if multi { vec![mailbox.as_bytes().to_vec(), folder_name(mailbox.as_bytes()).into_bytes()] } else { vec![b"one".to_vec()] };
         Ok(names.iter().any(|name| fresh.get(name).is_some_and(|fresh| fresh.seen.contains(&print))))
     }
 }

@@ -616,7 +616,17 @@ impl Job {
         let (total, mut taken) = (losers.len() as u64, 0);
         for (done, path) in losers.iter().enumerate() {
             progress("keeping what the other node lacks", done as u64, Some(total));
-            let Some(it) = all.get_mut(path).filter(|it| it.ours.as_ref().is_some_and(|(entry, _)| !entry.is_dir())) else { continue };
+            let Some(it) = all.get_mut(path).filter(|it| it.ours.as_ref().is_some_and(|(entry, _)| !entry.is_dir())) else {
+                // As it was at the fork, with a message in it that is wanted: the other node may have done away with it.
+                let is_file = replica.root.file(path).is_ok() && !all.contains_key(path);
+                let hash = if is_file { manifest.row(path)?.and_then(|row| row.entry.hash()) } else { None };
+                if hash.is_some() {
+                    let kept = rescue.copy(&mut replica, path, Why::Resync);
+                    kept.map_err(|error| ResyncError::Io { what: format!("copying {path} to rescue"), source: error.into() })?;
+                    taken += 1;
+                }
+                continue;
+            };
             let kept = rescue.take(&mut replica, path, Why::Resync);
             kept.map_err(|error| ResyncError::Io { what: format!("moving {path} to rescue"), source: error.into() })?;
             it.ours = None;

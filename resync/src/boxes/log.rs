@@ -4,6 +4,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use twinbox_protocol::ids::ContentHash;
+
 /// Flags of the system, by bit.
 const FLAGS: [(u8, char); 5] = [(0x01, 'R'), (0x02, 'F'), (0x04, 'T'), (0x08, 'S'), (0x10, 'D')];
 
@@ -17,8 +19,8 @@ const KEYWORD_UPDATE: u32 = 0x400;
 const KEYWORD_RESET: u32 = 0x800;
 const EXPUNGE_GUID: u32 = 0x2000 | EXPUNGE_MARK;
 const TYPE: u32 = 0x0fff_ffff;
-/// A damaged range of UIDs is cut to this.
-const RANGE_MAX: u32 = if cfg!(test) { 1000 } else { 1 << 20 };
+/// A log that speaks of more messages is damaged, or somebody is up to no good.
+const UIDS_MAX: u32 = if cfg!(test) { 1000 } else { 1 << 19 };
 
 /// Why a log says nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -71,6 +73,10 @@ pub struct Said {
     pub marked: BTreeMap<u32, Marked>,
     /// GUIDs of messages that came, hex.
     pub guids: BTreeMap<u32, Vec<u8>>,
+    /// UIDs spoken of.
+    spent: u32,
+    /// Flags are of no interest.
+    no_flags: bool,
 }
 
 /// Which index a log belongs to, from its first bytes; another mailbox of the same name has another.
@@ -99,11 +105,60 @@ fn size(bytes: &[u8], at: usize) -> Option<usize> {
     whole.then(|| bytes.iter().fold(0usize, |size, byte| size << 7 | usize::from(byte & 0x7f)) << 2)
 }
 
+/// Whether a log begins with what another one was.
+#[must_use]
+pub fn begins(log: &[u8], (size, hash): (u64, ContentHash)) -> bool {
+    usize::try_from(size).is_ok_and(|size| log.get(..size).is_some_and(|head| ContentHash::of(head) == hash))
+}
+
 fn hex(bytes: &[u8]) -> Vec<u8> {
     bytes.iter().flat_map(|byte| format!("{byte:02x}").into_bytes()).collect()
 }
 
 impl Said {
+    /// What was written after the fork: `now` is the log, `older` the one it goes on from, `fork` size and hash of what both had of it.
+    ///
+    /// # Errors
+    /// [`LogError`] when that cannot be told: it does not go on from the fork, or a log between is not there any more.
+    pub fn since(now: &[u8], older: Option<&[u8]>, fork: Option<(u64, ContentHash)>) -> Result<Self, LogError> {
+        let older = older.filter(|older| numbers(older).zip(numbers(now)).is_some_and(|(a, b)| a.0 == b.1));
+        let mut said = Said::default();
+        match fork {
+            None => {
+                // What older ones said is lost.
+                if numbers(older.unwrap_or(now)).is_none_or(|(_, before)| before != 0) {
+                    return Err(LogError);
+                }
+                older.map_or(Ok(()), |older| said.read(older, 0))?;
+                said.read(now, 0)?;
+            }
+            Some(fork) if begins(now, fork) => said.read(now, fork.0 as usize)?,
+            Some(fork) => {
+                let older = older.filter(|older| begins(older, fork)).ok_or(LogError)?;
+                said.read(older, fork.0 as usize)?;
+                said.read(now, 0)?;
+            }
+        }
+        Ok(said)
+    }
+
+    /// The same without flags, and of whatever is there.
+    #[must_use]
+    pub fn messages(now: &[u8], older: Option<&[u8]>) -> Self {
+        let mut said = Said { no_flags: true, ..Said::default() };
+        for log in older.into_iter().chain([now]) {
+            let _ = said.read(log, 0); // As far as it can be read.
+        }
+        said
+    }
+
+    /// UIDs of a range, as long as there are not too many.
+    fn uids(&mut self, first: u32, last: u32) -> std::ops::RangeInclusive<u32> {
+        let count = last.checked_sub(first).map_or(0, |more| more.saturating_add(1));
+        self.spent = self.spent.saturating_add(count);
+        if self.spent > UIDS_MAX || count == 0 { 1..=0 } else { first..=last }
+    }
+
     /// Flags of a message that came, as they are now.
     #[must_use]
     pub fn flags_now(&self, uid: u32) -> BTreeSet<String> {
@@ -128,28 +183,35 @@ impl Said {
         while let (Some(len), Some(kind)) = (size(bytes, at), word(bytes, at + 4)) {
             let Some(record) = at.checked_add(len).and_then(|end| bytes.get(at + 8..end)) else { break };
             self.record(kind & TYPE, record, &mut ext);
-            at += len;
+            at += len.max(8);
         }
-        Ok(())
+        if self.spent > UIDS_MAX { Err(LogError) } else { Ok(()) }
     }
 
     fn record(&mut self, kind: u32, record: &[u8], ext: &mut (usize, usize)) {
         let pairs = |bytes: &[u8], step: usize| -> Vec<(u32, u32, Vec<u8>)> {
             bytes.chunks_exact(step).filter_map(|one| Some((word(one, 0)?, word(one, 4)?, one[8..].to_vec()))).collect()
         };
-        let uids = |first: u32, last: u32| first..=last.min(first.saturating_add(RANGE_MAX));
+        if self.no_flags && matches!(kind, FLAG_UPDATE | KEYWORD_UPDATE | KEYWORD_RESET) {
+            return;
+        }
         match kind {
             APPEND => {
                 for one in record.chunks_exact(8) {
                     let Some(uid) = word(one, 0) else { continue };
+                    if self.uids(uid, uid).is_empty() {
+                        continue;
+                    }
                     self.came.insert(uid);
                     let set = FLAGS.iter().filter(|(bit, _)| one[4] & bit != 0).map(|(_, letter)| letter.to_string());
                     self.began.insert(uid, set.collect());
                 }
             }
             EXPUNGE => {
-                for uid in pairs(record, 8).into_iter().flat_map(|(first, last, _)| uids(first, last)) {
-                    self.went.entry(uid).or_default();
+                for (first, last, _) in pairs(record, 8) {
+                    for uid in self.uids(first, last) {
+                        self.went.entry(uid).or_default();
+                    }
                 }
             }
             EXPUNGE_GUID => {
@@ -163,7 +225,7 @@ impl Said {
             }
             FLAG_UPDATE => {
                 for (first, last, flags) in pairs(record, 12) {
-                    uids(first, last).for_each(|uid| self.flags(uid, flags[0], flags[1]));
+                    self.uids(first, last).for_each(|uid| self.flags(uid, flags[0], flags[1]));
                 }
             }
             KEYWORD_UPDATE => {
@@ -171,7 +233,7 @@ impl Said {
                 let len = usize::from(u16::from_le_bytes([*low, *high]));
                 let Some(name) = rest.get(..len).and_then(|name| std::str::from_utf8(name).ok()) else { return };
                 for (first, last, _) in pairs(rest.get(len.next_multiple_of(4)..).unwrap_or_default(), 8) {
-                    for uid in uids(first, last) {
+                    for uid in self.uids(first, last) {
                         let marked = self.marked.entry(uid).or_default();
                         match modify {
                             0 => marked.set(name),
@@ -186,7 +248,7 @@ impl Said {
             }
             KEYWORD_RESET => {
                 for (first, last, _) in pairs(record, 8) {
-                    uids(first, last).for_each(|uid| self.marked.entry(uid).or_default().without_keywords());
+                    self.uids(first, last).for_each(|uid| self.marked.entry(uid).or_default().without_keywords());
                 }
             }
             EXT_INTRO => {

@@ -90,10 +90,12 @@ pub fn unpacked(bytes: Vec<u8>, most: u64) -> Option<Vec<u8>> {
         let got = reader.take(most + 1).read_to_end(&mut out).ok()?;
         (got as u64 <= most).then_some(out)
     };
+    // What does not become a mail was none: those bytes are somebody's message as they are.
+    let is_mail = |bytes: &Vec<u8>| bytes.split(|byte| *byte == b'\n').next().is_some_and(|line| line.contains(&b':'));
     if bytes.starts_with(b"\x1f\x8b") {
-        read(&mut flate2::read::MultiGzDecoder::new(bytes.as_slice()))
+        read(&mut flate2::read::MultiGzDecoder::new(bytes.as_slice())).filter(is_mail)
     } else if bytes.starts_with(b"\x28\xb5\x2f\xfd") {
-        read(&mut zstd::stream::read::Decoder::new(bytes.as_slice()).ok()?)
+        read(&mut zstd::stream::read::Decoder::new(bytes.as_slice()).ok()?).filter(is_mail)
     } else if UNKNOWN.iter().any(|magic| bytes.starts_with(magic)) {
         None
     } else {
@@ -113,6 +115,46 @@ pub fn fingerprint(bytes: &[u8]) -> ContentHash {
 #[must_use]
 pub fn folder_name(disk: &[u8]) -> String {
     decode(disk).unwrap_or_else(|| String::from_utf8_lossy(disk).into_owned())
+}
+
+/// The other way round.
+#[must_use]
+pub fn disk_name(name: &str) -> Vec<u8> {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
+    let (mut out, mut coded) = (vec![], vec![]);
+    let flush = |coded: &mut Vec<u16>, out: &mut Vec<u8>| {
+        if coded.is_empty() {
+            return;
+        }
+        out.push(b'&');
+        let (mut bits, mut held) = (0u32, 0);
+        for unit in coded.drain(..) {
+            bits = bits << 16 | u32::from(unit);
+            held += 16;
+            while held >= 6 {
+                held -= 6;
+                out.push(LETTERS[(bits >> held & 63) as usize]);
+            }
+            bits &= (1 << held) - 1;
+        }
+        if held > 0 {
+            out.push(LETTERS[(bits << (6 - held) & 63) as usize]);
+        }
+        out.push(b'-');
+    };
+    for letter in name.chars() {
+        if matches!(letter, ' '..='~') {
+            flush(&mut coded, &mut out);
+            out.push(letter as u8);
+            if letter == '&' {
+                out.push(b'-');
+            }
+        } else {
+            coded.extend_from_slice(letter.encode_utf16(&mut [0; 2]));
+        }
+    }
+    flush(&mut coded, &mut out);
+    out
 }
 
 fn decode(disk: &[u8]) -> Option<String> {
@@ -170,6 +212,7 @@ mod tests {
             ("a&b", "a&b"),
         ] {
             assert_eq!(folder_name(disk.as_bytes()), name);
+            assert_eq!(disk_name(name) == disk.as_bytes(), disk != "&AGE-" && disk != "a&b", "{name}");
         }
     }
 
