@@ -153,10 +153,10 @@ impl Said {
     }
 
     /// UIDs of a range, as long as there are not too many.
-    fn uids(&mut self, first: u32, last: u32) -> std::ops::RangeInclusive<u32> {
+    fn uids(&mut self, first: u32, last: u32) -> impl Iterator<Item = u32> + use<> {
         let count = last.checked_sub(first).map_or(0, |more| more.saturating_add(1));
         self.spent = self.spent.saturating_add(count);
-        if self.spent > UIDS_MAX || count == 0 { 1..=0 } else { first..=last }
+        (first..=last).take(if self.spent > UIDS_MAX { 0 } else { count as usize })
     }
 
     /// Flags of a message that came, as they are now.
@@ -199,7 +199,7 @@ impl Said {
             APPEND => {
                 for one in record.chunks_exact(8) {
                     let Some(uid) = word(one, 0) else { continue };
-                    if self.uids(uid, uid).is_empty() {
+                    if self.uids(uid, uid).next().is_none() {
                         continue;
                     }
                     self.came.insert(uid);
