@@ -648,6 +648,29 @@ fn a_message_moved_while_nobody_watched_is_never_nowhere_though_the_manifest_was
     }
 }
 
+/// As after a restart: what happened so far nobody watched. A file moves on at this moment of the first comparison, and where it is then waits for the standby.
+fn moves_on(mut rig: Rig, moment: usize, here: &'static str, there: &'static str) {
+    rig.engine.boundary().unwrap();
+    rig.engine.sets.clear();
+    rig.engine.fresh.clear();
+    rig.engine.scan.forget_inodes();
+    rig.engine.compare = true;
+    rig.stage = false;
+    let (root, mut calls) = (rig.root.clone(), 0);
+    rig.engine.meanwhile = Some(Box::new(move || {
+        if calls == moment {
+            fs::rename(root.join(here), root.join(there)).unwrap();
+        }
+        calls += 1;
+    }));
+    rig.connect();
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.engine.meanwhile = None;
+    rig.check();
+}
+
 #[test]
 fn a_message_moved_while_nobody_watched_is_never_nowhere_though_it_moves_on_while_it_is_looked_for() {
     for moment in 0..30 {
@@ -659,25 +682,7 @@ fn a_message_moved_while_nobody_watched_is_never_nowhere_though_it_moves_on_whil
             rig.disconnect();
             fs::rename(rig.root.join("a/x"), rig.root.join(here)).unwrap();
             fs::write(rig.root.join("b/big"), big()).unwrap(); // Where it is now waits.
-            rig.engine.boundary().unwrap();
-            rig.engine.sets.clear();
-            rig.engine.fresh.clear();
-            rig.engine.scan.forget_inodes();
-            rig.engine.compare = true;
-            rig.stage = false;
-            let (root, mut calls) = (rig.root.clone(), 0);
-            rig.engine.meanwhile = Some(Box::new(move || {
-                if calls == moment {
-                    fs::rename(root.join(here), root.join(there)).unwrap();
-                }
-                calls += 1;
-            }));
-            rig.connect();
-            (0..20).for_each(|_| rig.turn());
-            rig.stage = true;
-            rig.settle();
-            rig.engine.meanwhile = None;
-            rig.check();
+            moves_on(rig, moment, here, there);
         }
     }
 }
@@ -725,25 +730,7 @@ fn a_message_whose_folder_is_gone_too_is_never_nowhere_though_it_moves_on_while_
             for group in ["b", "c"] {
                 fs::write(rig.root.join(group).join("big"), big()).unwrap(); // Where it is now waits.
             }
-            rig.engine.boundary().unwrap();
-            rig.engine.sets.clear();
-            rig.engine.fresh.clear();
-            rig.engine.scan.forget_inodes();
-            rig.engine.compare = true;
-            rig.stage = false;
-            let (root, mut calls) = (rig.root.clone(), 0);
-            rig.engine.meanwhile = Some(Box::new(move || {
-                if calls == moment {
-                    fs::rename(root.join(here), root.join(there)).unwrap();
-                }
-                calls += 1;
-            }));
-            rig.connect();
-            (0..20).for_each(|_| rig.turn());
-            rig.stage = true;
-            rig.settle();
-            rig.engine.meanwhile = None;
-            rig.check();
+            moves_on(rig, moment, here, there);
         }
     }
 }

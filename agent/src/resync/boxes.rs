@@ -14,7 +14,7 @@ use twinbox_protocol::path::RelPath;
 use twinbox_protocol::rejoin::{Ask, FLAGS_MAX, Flags, Merge, Place, Task};
 use twinbox_resync::boxes::dbox::{self, Message};
 use twinbox_resync::boxes::log::{Said, begins, index_id};
-use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, canonical, fingerprint, mbox, unpacked};
+use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, canonical, fingerprint, join, mbox, unpacked};
 use twinbox_resync::reconcile::{Boxes, Item, Outcome, Part, Tail, Theirs, What, before, folder_moves};
 
 use super::tail::{Differs, TailError};
@@ -96,7 +96,7 @@ pub(super) fn dbox(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -
     let stand: Vec<(RelPath, RelPath, Option<u32>)> =
         mailboxes.iter().filter_map(|((owner, _), it)| Some((owner.clone(), it.stands_for.clone()?, it.index))).collect();
     for (owner, was, index) in stand {
-        let dir = mailbox_dir(&owner, &was);
+        let dir = mails_dir(&owner, &was);
         let log = reader.whole(&join(&dir, &[LOG]), LOG_MAX)?.unwrap_or_default();
         let older = reader.whole(&join(&dir, &[b"dovecot.index.log.2"]), LOG_MAX)?;
         let mailbox = mailboxes.entry((owner, was)).or_default();
@@ -129,13 +129,9 @@ pub(super) fn dbox(all: &BTreeMap<RelPath, Differs>, tail: &Tail, root: &Root) -
     Ok(Boxes { items, ..Boxes::default() })
 }
 
-fn join(dir: &RelPath, names: &[&[u8]]) -> RelPath {
-    names.iter().fold(dir.clone(), |at, name| at.join(name).unwrap_or(at))
-}
-
-fn mailbox_dir(owner: &RelPath, name: &RelPath) -> RelPath {
-    let names: Vec<&[u8]> = name.as_bytes().split(|byte| *byte == b'/').collect();
-    join(&join(&join(owner, &[b"mailboxes"]), &names), &[MAILS])
+/// Where a dbox mailbox has its messages and its index.
+fn mails_dir(owner: &RelPath, name: &RelPath) -> RelPath {
+    join(&boxes::mailbox_dir(owner, name), &[MAILS])
 }
 
 impl Reader<'_> {
@@ -333,7 +329,7 @@ impl Reader<'_> {
     }
 
     fn sdbox(&self, owner: &RelPath, mailboxes: &[(RelPath, Mailbox)], items: &mut Vec<Item>) {
-        let label = |name: &RelPath, uid: u32| join(&mailbox_dir(owner, name), &[format!("u.{uid}").as_bytes()]);
+        let label = |name: &RelPath, uid: u32| join(&mails_dir(owner, name), &[format!("u.{uid}").as_bytes()]);
         let content = |path: &RelPath| self.all.get(&self.at_fork(path)).and_then(|it| it.fork.as_ref()?.entry.hash());
         // A message that is moved is the same file under another name.
         let mut went: HashMap<ContentHash, Vec<(&RelPath, &Mailbox, u32)>> = HashMap::new();
@@ -381,7 +377,7 @@ impl Reader<'_> {
         fresh: Option<&BTreeMap<Vec<u8>, Held>>,
         items: &mut Vec<Item>,
     ) -> Result<(), TailError> {
-        let label = |name: &RelPath, uid: u32| join(&mailbox_dir(owner, name), &[format!("UID {uid}").as_bytes()]);
+        let label = |name: &RelPath, uid: u32| join(&mails_dir(owner, name), &[format!("UID {uid}").as_bytes()]);
         let mut went: HashMap<&[u8], Vec<(&RelPath, &Mailbox, u32)>> = HashMap::new();
         for (name, mailbox) in mailboxes {
             for (uid, guid) in mailbox.said.went.iter().filter(|(uid, _)| !mailbox.said.came.contains(uid)) {
@@ -435,7 +431,7 @@ impl Reader<'_> {
 /// A log of which nobody knows what it said.
 fn unknown(owner: &RelPath, name: &RelPath, so: &str) -> Item {
     let why = format!("this log does not go on from what both had: {so}");
-    let path = join(&mailbox_dir(owner, name), &[LOG]);
+    let path = join(&mails_dir(owner, name), &[LOG]);
     Item { what: What::File, path, from: None, outcome: Outcome::Rescue { why }, merge: None, part: None }
 }
 

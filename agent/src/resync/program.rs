@@ -20,7 +20,7 @@ use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::path::RelPath;
 use twinbox_protocol::rejoin::{Flags, Merged, Place, Task};
 use twinbox_resync::boxes::log::{Said, index_id};
-use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, dbox, fingerprint, folder_name, mbox, unpacked};
+use twinbox_resync::boxes::{self, INDEXES, MAILS, STORAGE, dbox, fingerprint, folder_name, join, mailbox_dir, mbox, unpacked};
 use twinbox_resync::manifest::Manifest;
 use twinbox_resync::rows::Rows;
 
@@ -58,16 +58,6 @@ fn disk(path: &RelPath) -> impl Fn(Errno) -> StoreError {
 
 fn os(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
-}
-
-fn join(dir: &RelPath, names: &[&[u8]]) -> RelPath {
-    names.iter().fold(dir.clone(), |at, name| at.join(name).unwrap_or(at))
-}
-
-/// Directory of a dbox mailbox.
-fn mailbox_dir(owner: &RelPath, mailbox: &RelPath) -> RelPath {
-    let names: Vec<&[u8]> = mailbox.as_bytes().split(|byte| *byte == b'/').collect();
-    join(&join(owner, &[b"mailboxes"]), &names)
 }
 
 /// The file of an mbox mailbox.

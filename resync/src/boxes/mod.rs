@@ -49,6 +49,19 @@ pub fn mbox_name(owner: &RelPath, path: &RelPath) -> Option<RelPath> {
     }
 }
 
+/// A path some names below another; a name that cannot be one is left out.
+#[must_use]
+pub fn join(dir: &RelPath, names: &[&[u8]]) -> RelPath {
+    names.iter().fold(dir.clone(), |at, name| at.join(name).unwrap_or(at))
+}
+
+/// Directory of a dbox mailbox: what [`place`] reads.
+#[must_use]
+pub fn mailbox_dir(owner: &RelPath, mailbox: &RelPath) -> RelPath {
+    let names: Vec<&[u8]> = mailbox.as_bytes().split(|byte| *byte == b'/').collect();
+    join(&join(owner, &[MAILBOXES]), &names)
+}
+
 /// UID of the sdbox message that a path is.
 #[must_use]
 pub fn uid(path: &RelPath) -> Option<u32> {
