@@ -105,10 +105,13 @@ impl Node {
         args
     }
 
-    /// Starts the agent.
+    /// Starts the agent; `TWINBOX_TEST_LOG=debug` has it say more.
     pub fn start(&mut self) {
         assert!(self.agent.is_none(), "{} runs already", self.name);
-        let args = self.args(&["run"]);
+        let mut args = self.args(&["run"]);
+        if let Some(level) = std::env::var_os("TWINBOX_TEST_LOG") {
+            args.extend(["--log-level".into(), level]);
+        }
         self.agent = Some(self.program.spawn(&format!("{}-run", self.name), &self.logs, args));
     }
 

@@ -13,7 +13,23 @@ fn option(name: &str, default: usize) -> usize {
     words.next().map_or(default, |w| w.parse().unwrap_or_else(|_| panic!("{name} wants a number")))
 }
 
+/// What it can be told; anything else is refused, since a run takes ten minutes.
+fn refuse_others() {
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--mail" => {}
+            "--seconds" | "--kills" | "--layout" => drop(words.next()),
+            _ => {
+                eprintln!("adversary [--seconds N] [--kills N] [--mail [--layout maildir|mdbox]]: not known: {word}");
+                std::process::exit(2);
+            }
+        }
+    }
+}
+
 fn main() {
+    refuse_others();
     let (time, kills) = (Duration::from_secs(option("--seconds", 600) as u64), option("--kills", 100));
     if std::env::args().any(|w| w == "--mail") {
         let only = std::env::args().skip_while(|w| w != "--layout").nth(1);
