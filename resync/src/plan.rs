@@ -227,23 +227,51 @@ impl Planner<'_> {
                     passed.push(to.clone());
                 } else if self.view.row(to)?.is_some_and(|row| row.entry.is_dir()) {
                     // Nor was what lay below the new name, in a folder that is gone, compared with anything.
-                    return Err(PlanError::Rescan { path: to.clone(), why: "another directory had this name".into() });
+                    if let Err(why) = self.make_way(to, hints)? {
+                        return Err(PlanError::Rescan { path: to.clone(), why: format!("another directory had this name, {why}") });
+                    }
+                    passed.retain(|other| !other.is_within(to));
                 }
                 continue;
             };
             // It is back, or never went.
             let is_there = row.entry.is_dir() && self.found(from).is_some_and(|f| row.local.is_some_and(|l| l.ino == f.local.ino));
-            let is_it = blind || row.local.is_some_and(|l| inos.contains(&l.ino)) && !is_there;
+            // It was renamed and then removed: its entries went one by one under the new name, and its rows at the old one are nobody's.
+            let has_left = match self.seen.get(from) {
+                Some(Seen::Absent) => true,
+                Some(Seen::Present(found)) => row.local.is_some_and(|l| l.ino != found.local.ino),
+                Some(Seen::Skip) | None => false,
+            };
+            let is_gone = row.entry.is_dir() && has_left && self.seen.contains_key(to);
+            let is_it = blind || is_gone || row.local.is_some_and(|l| inos.contains(&l.ino)) && !is_there;
             if from == to || to.is_within(from) || from.is_within(to) || !is_it {
                 skipped("not what was moved here")?;
                 passed.push(to.clone());
                 continue;
             }
-            self.parents(to)?;
+            match self.parents(to) {
+                // It went with the directory it was moved into.
+                Err(PlanError::Rescan { .. }) if is_gone && self.seen.get(to) == Some(&Seen::Absent) => {
+                    passed.push(to.clone());
+                    continue;
+                }
+                done => done?,
+            }
             let op = Op::Rename { from: from.clone(), to: to.clone() };
-            match perform(self.view, &op) {
+            let mut done = perform(self.view, &op);
+            if matches!(done, Err(RowError::NotEmpty { .. })) && row.entry.is_dir() && !blind {
+                if let Err(why) = self.make_way(to, hints)? {
+                    return Err(PlanError::Rescan {
+                        path: to.clone(),
+                        why: format!("a directory that was not empty had this name, {why}"),
+                    });
+                }
+                done = perform(self.view, &op);
+            }
+            match done {
                 Ok(()) => {
                     self.ops.push(op);
+                    passed.retain(|other| !other.is_within(to));
                     passed.iter_mut().for_each(|other| *other = other.rebase(from, to).unwrap_or_else(|| other.clone()));
                 }
                 Err(error @ RowError::Store { .. }) => return Err(error.into()),
@@ -253,6 +281,27 @@ impl Planner<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A directory was renamed to a name that another one had, so that one was empty, or gone. Removes what the rows have of it, when every name below it was looked at since (its entries went one by one, with
+    /// an event each) and it was not itself renamed (two names can be exchanged); else says why it is not known where it went.
+    fn make_way(&mut self, to: &RelPath, hints: &[Hint]) -> Result<Result<(), &'static str>, PlanError> {
+        let Some(old) = self.view.row(to)? else { return Ok(Ok(())) };
+        let below = self.view.below(to)?;
+        let looked_at = |path: &RelPath| self.seen.get(path).is_some_and(|seen| *seen != Seen::Skip);
+        if !below.iter().all(|(path, _)| looked_at(path)) {
+            return Ok(Err("and not all below it was looked at"));
+        }
+        // (A number alone may be one that is used again, by a directory that was made.)
+        let is_it = |hint: &&Hint| self.found(&hint.to).is_some_and(|found| old.local.is_none_or(|local| local.ino == found.local.ino));
+        if hints.iter().filter(|hint| hint.to != *to).any(|hint| is_it(&hint)) {
+            return Ok(Err("and may be elsewhere"));
+        }
+        for (path, _) in below.into_iter().rev() {
+            self.emit(Op::Remove { path })?;
+        }
+        self.emit(Op::Remove { path: to.clone() })?;
+        Ok(Ok(()))
     }
 
     /// Makes the directories above `path` that are observed but not yet known.
