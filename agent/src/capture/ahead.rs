@@ -333,6 +333,13 @@ impl Engine {
         dropped.into_iter().for_each(|ahead| self.unstage(ahead.hash));
     }
 
+    /// What was staged for a path is not wanted.
+    pub(super) fn ahead_in_vain(&mut self, path: &RelPath) {
+        if let Some(ahead) = self.bulk.ahead.remove(path) {
+            self.unstage(ahead.hash);
+        }
+    }
+
     /// What was staged for a path is staged for its new name; for what was there before, in vain.
     pub(super) fn ahead_moved(&mut self, from: &RelPath, to: &RelPath) {
         let mut dropped: Vec<Ahead> = take_within(&mut self.bulk.ahead, to).into_iter().map(|(_, ahead)| ahead).collect();

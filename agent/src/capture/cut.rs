@@ -15,7 +15,8 @@ use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
 
 use super::dirty::{Group, Mark, Pending};
-use super::engine::{CaptureError, Engine, Which};
+use super::engine::{CaptureError, Engine};
+use super::fresh::Which;
 use super::look::{Known, Look, look};
 use super::messages::ToLink;
 use super::pulse::Stage;
@@ -34,8 +35,6 @@ const BULK_SETTLE: Duration = Duration::from_millis(50);
 const BULK_SETTLE_MAX: Duration = Duration::from_secs(5);
 /// A file that is being read ahead is looked at when that is over; this only says when nobody came to say so.
 const OPEN_WAIT: Duration = Duration::from_millis(250);
-/// With more new names than this nobody looks whether a file that goes is one of them.
-pub(super) const FRESH_SEARCHED: usize = 2000;
 /// Txns in flight at most.
 const FLIGHTS_MAX: usize = 4096;
 /// LSNs reserved at a time.
@@ -123,6 +122,7 @@ impl Engine {
             }
             judged.extend(unit.iter().cloned());
             if self.is_cut(&unit) {
+                self.pace.cuts += 1;
                 committed |= self.commit(&unit, 0)?;
             } else if self.is_overdue(&unit) {
                 committed |= self.commit_fuzzy(&unit, boundary)?;
@@ -170,7 +170,7 @@ impl Engine {
 
     /// Whether a file that goes in this unit has a new name elsewhere that is not there yet: a move made by link and unlink is one txn, too.
     fn leaves_for_another(&mut self, unit: &BTreeSet<Group>) -> bool {
-        if (self.fresh.is_empty() && !self.strayed) || self.fresh.len() > FRESH_SEARCHED || !self.complete {
+        if (self.fresh.is_empty() && !self.strayed) || !self.complete {
             return false;
         }
         // After a kill or a power cut the inode may not be known (yet).
@@ -186,9 +186,19 @@ impl Engine {
         if gone.is_empty() {
             return false;
         }
+        let strayed = self.strayed && !self.scan.is_done();
+        let root = &self.root;
+        let stat = |path: &RelPath| {
+            let stat = root.stat(path).ok().flatten()?;
+            Some(((stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)), stat.st_nlink))
+        };
+        if !strayed {
+            self.fresh.ask(stat);
+            gone.retain(|(_, size, mtime)| self.fresh.may_be(*size, *mtime));
+        }
         // Renamed within the unit, or there under another name: it is somewhere.
-        let here: HashSet<u64> = self.sets.inodes(unit).collect();
-        let absent: HashSet<&RelPath> = self.sets.absent(unit).collect();
+        let here: HashSet<u64> = if gone.is_empty() { HashSet::new() } else { self.sets.inodes(unit).collect() };
+        let absent: HashSet<&RelPath> = if gone.is_empty() { HashSet::new() } else { self.sets.absent(unit).collect() };
         let is_absent = |path: RelPath| std::iter::successors(Some(path), RelPath::parent).any(|at| absent.contains(&at));
         gone.retain(|(ino, ..)| {
             ino.is_none_or(|ino| {
@@ -198,25 +208,12 @@ impl Engine {
         if gone.is_empty() {
             return false;
         }
-        if self.strayed && !self.scan.is_done() {
+        if strayed {
             return true; // It may be what is on its way to a directory that is still to be listed.
         }
-        let mut found = vec![];
-        for (path, which) in &mut self.fresh {
-            let group = self.config.grouping.group_of(path.as_bytes(), false).to_vec();
-            if unit.contains(&group) {
-                continue;
-            }
-            if which.is_none() {
-                let stat = self.root.stat(path).ok().flatten();
-                // With several names it may be a message delivered to many: copies, not a move, which would make one unit of all their groups.
-                *which = stat.filter(|stat| stat.st_nlink == 1).map(|stat| (stat.st_ino, stat.st_size as u64, crate::tree::mtime(&stat)));
-            }
-            let is_gone = |(ino, size, mtime)| gone.contains(&(Some(ino), size, mtime)) || gone.contains(&(None, size, mtime));
-            if which.is_some_and(is_gone) {
-                found.push(group);
-            }
-        }
+        let group_of = |path: RelPath| self.config.grouping.group_of(path.as_bytes(), false).to_vec();
+        let found: BTreeSet<Group> =
+            gone.iter().flat_map(|which| self.fresh.find(*which, stat)).map(group_of).filter(|group| !unit.contains(group)).collect();
         if !found.is_empty() {
             tracing::debug!(mirror = %self.config.name, from = unit.len(), to = found.len(), ?gone, "joined: moved by link and unlink");
         }
@@ -298,6 +295,7 @@ impl Engine {
     /// One look; gives the bytes it read.
     fn look_at(&mut self, name: &[u8], path: RelPath, mark: Mark, boundary: Time) -> Result<usize, CaptureError> {
         let now = Instant::now();
+        self.pace.looked += 1;
         if self.config.selection.excludes(path.as_bytes(), self.watch.at(&path).is_some()) {
             // Exclusions changed: what the standby has of it goes.
             self.unreadable.remove(&path);
@@ -437,6 +435,7 @@ impl Engine {
             Err(error @ PlanError::Store { .. }) => return Err(std::io::Error::other(error).into()),
             Err(PlanError::Rescan { path, why }) => {
                 tracing::debug!(mirror = %self.config.name, %path, why, "looked at again");
+                self.summary.replanned += 1;
                 // What moved between these groups is still one txn.
                 for (a, b) in unit.iter().zip(unit.iter().skip(1)) {
                     self.sets.join(a, b);
@@ -445,7 +444,7 @@ impl Engine {
                     let needs = self.group_of_marked(&path);
                     self.sets.join(first, &needs);
                 }
-                let (to, from) = self.sets.distrust();
+                let (to, from) = self.sets.distrust_of(|name| unit.contains(name));
                 for moved in hints.into_iter().flat_map(|h| [h.from, h.to]).chain(from).chain(to).chain([path.clone()]) {
                     self.mark_again(&moved);
                     if moved == path || self.watch.at(&moved).is_some() {

@@ -363,22 +363,20 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
     }
 
-    /// Of these, such as were compared with what the standby has (or is to be sent).
+    /// Of these, such as were compared with what the standby has (or is to be sent), and whether their bytes were to be sent.
     #[must_use]
-    pub fn on_the_standby(&self) -> Vec<RelPath> {
+    pub fn on_the_standby(&self) -> Vec<(RelPath, bool)> {
         use twinbox_resync::plan::Body;
-        let rests = |seen: &Seen| match seen {
-            Seen::Absent => false,
-            Seen::Present(found) => found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_)),
-            Seen::Skip => true,
+        let rests = |(path, seen): (&RelPath, &Seen)| match seen {
+            Seen::Present(found) if found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_)) => {
+                Some((path.clone(), found.body != Body::Unread))
+            }
+            Seen::Absent | Seen::Present(_) => None,
+            Seen::Skip => Some((path.clone(), true)),
         };
         let of = |g: &GroupState| {
-            g.captured
-                .iter()
-                .filter(|(_, seen)| rests(seen))
-                .map(|(path, _)| path.clone())
-                .chain(g.staging.keys().cloned())
-                .collect::<Vec<_>>()
+            let staging = g.staging.keys().map(|path| (path.clone(), true));
+            g.captured.iter().filter_map(rests).chain(staging).collect::<Vec<_>>()
         };
         self.groups.values().flat_map(of).collect()
     }
@@ -564,11 +562,12 @@ impl DirtySets {
         }
     }
 
-    /// Everything dirty or captured below `from` is dirty below `to`; `group` is the one of `to`, with which all of it is cut.
+    /// Everything dirty below `from` is dirty below `to`; `group` is the one of `to`, with which all of it is cut. What was captured moves along: neither the file nor its row is another, but of a cut
+    /// under way it is none.
     fn move_below(&mut self, from: &RelPath, to: &RelPath, group: &[u8], now: Instant, group_of: impl Fn(&RelPath) -> Group) {
         let Some((low, high)) = from.below() else { return };
         let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
-        let (mut moved, round) = (vec![], self.round);
+        let (mut moved, mut seen, round) = (vec![], vec![], self.round);
         for state in self.groups.values_mut() {
             let dirty: Vec<RelPath> = state.dirty.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in dirty {
@@ -578,11 +577,11 @@ impl DirtySets {
             }
             let captured: Vec<RelPath> = state.captured.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in captured {
-                if let Some(seen) = state.captured.remove(&path) {
-                    state.bytes -= weight(&seen).min(state.bytes);
+                if let Some(found) = state.captured.remove(&path) {
+                    state.bytes -= weight(&found).min(state.bytes);
+                    seen.push((path, found));
                 }
                 state.spoiled = true;
-                moved.push((path, true, false, round));
             }
             let staging: Vec<RelPath> = state.staging.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in staging {
@@ -590,6 +589,18 @@ impl DirtySets {
                 state.spoiled = true;
                 moved.push((path, true, false, round));
             }
+        }
+        for (path, found) in seen {
+            let Some(new) = path.rebase(from, to) else { continue };
+            let own = group_of(&new);
+            if self.is_dirty(&own, &new) {
+                continue; // Something was there before: the disk decides.
+            }
+            self.captured(&own, new, found);
+            let state = self.group(&own);
+            state.spoiled = true;
+            state.since.get_or_insert(now);
+            self.join(group, &own);
         }
         for (path, content, scan, round) in moved {
             if let Some(new) = path.rebase(from, to) {
@@ -605,6 +616,12 @@ impl DirtySets {
     #[must_use]
     pub fn origin(&self, path: &RelPath) -> RelPath {
         self.origins.of(path)
+    }
+
+    /// Whether several things had the name of `path` since the last commit.
+    #[must_use]
+    pub fn is_ambiguous(&self, path: &RelPath) -> bool {
+        self.origins.is_ambiguous(path)
     }
 
     /// Where what has its row at `origin` is by now: the other way round.
@@ -668,12 +685,7 @@ impl DirtySets {
         // Renames of different groups build on each other: in the order they were seen.
         hints.sort_by_key(|seen| seen.at);
         // The committed renames are in the rows now: what is left starts from there.
-        self.origins.clear();
-        let mut left: Vec<Renamed> = self.groups.values().flat_map(|g| g.hints.iter().cloned()).collect();
-        left.sort_by_key(|seen| seen.at);
-        for Renamed { hint, .. } in left {
-            self.origins.renamed(&hint.from, &hint.to);
-        }
+        self.count_origins_anew();
         // A rename seen after the boundary is not in this cut: its groups are still to be cut together.
         self.joins.retain(|(a, b)| !names.contains(a) || self.groups.get(b).is_some_and(|g| !g.hints.is_empty()));
         for name in names {
@@ -692,9 +704,26 @@ impl DirtySets {
 
     /// Forgets every rename seen: gives the new names, which must be compared anew with all that is below them, then the old ones, where something else may be by now.
     pub fn distrust(&mut self) -> (Vec<RelPath>, Vec<RelPath>) {
+        self.distrust_of(|_| true)
+    }
+
+    /// The same of some groups, with which all are that have renames between them.
+    pub fn distrust_of(&mut self, concerns: impl Fn(&Group) -> bool) -> (Vec<RelPath>, Vec<RelPath>) {
+        let groups = self.groups.iter_mut().filter(|(name, _)| concerns(name));
+        let gone: Vec<Renamed> = groups.flat_map(|(_, g)| g.hints.drain(..)).collect();
+        self.hints -= gone.len();
+        self.count_origins_anew();
+        gone.into_iter().map(|seen| (seen.hint.to, seen.hint.from)).unzip()
+    }
+
+    /// Where rows are follows from the renames that are left.
+    fn count_origins_anew(&mut self) {
         self.origins.clear();
-        self.hints = 0;
-        self.groups.values_mut().flat_map(|g| g.hints.drain(..)).map(|seen| (seen.hint.to, seen.hint.from)).unzip()
+        let mut left: Vec<&Renamed> = self.groups.values().flat_map(|g| &g.hints).collect();
+        left.sort_by_key(|seen| seen.at);
+        for seen in left {
+            self.origins.renamed(&seen.hint.from, &seen.hint.to);
+        }
     }
 }
 
@@ -743,7 +772,9 @@ mod tests {
         renamed(&mut sets, (b"a", &p("a/m")), (b"a", &p("a/d/m")), false, now);
         renamed(&mut sets, (b"a", &p("a/d")), (b"b", &p("b/d")), true, now);
         let b: Vec<_> = sets.group(b"b").dirty.iter().map(|(path, m)| (path.to_string(), m.content)).collect();
-        assert_eq!(b, [("b/d".into(), false), ("b/d/m".into(), false), ("b/d/x".into(), true), ("b/d/y".into(), true)]);
+        assert_eq!(b, [("b/d".into(), false), ("b/d/m".into(), false), ("b/d/x".into(), true)]);
+        let group = sets.group(b"b");
+        assert!(group.captured.contains_key(&p("b/d/y")) && group.spoiled, "seen, but of no cut that is under way");
         assert_eq!(sets.origin(&p("b/d/m")), p("a/m"));
         assert_eq!(sets.origin(&p("b/d/x")), p("a/d/x"));
         assert_eq!(sets.origin(&p("b/e")), p("b/e"));

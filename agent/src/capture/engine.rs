@@ -16,7 +16,6 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::inotify::ReadFlags;
 #[cfg(test)]
 use tokio::sync::oneshot;
-use twinbox_protocol::entry::Time;
 use twinbox_protocol::ids::{ContentHash, Generation, Incarnation, Lsn};
 use twinbox_protocol::outbox::Outbox;
 use twinbox_protocol::path::RelPath;
@@ -31,6 +30,7 @@ use super::closers::Closers;
 use super::dirty::{DirtySets, Group, Pending};
 use super::durable::LocalDisk;
 use super::fence::{Holds, Waiter};
+use super::fresh::Fresh;
 use super::messages::{CaptureHandle, CaptureStatus, Command};
 use super::pulse::{CANARY_EVERY, Pulse, Stage};
 use super::recent::RecentChunks;
@@ -162,9 +162,6 @@ impl Drop for Capture {
     }
 }
 
-/// A file under whatever name: inode number, size, mtime. The number alone is used again at once.
-pub(super) type Which = (u64, u64, Time);
-
 /// First half of a rename.
 pub(super) struct HalfRename {
     pub(super) path: RelPath,
@@ -174,6 +171,16 @@ pub(super) struct HalfRename {
     pub(super) excluded: bool,
     /// The directory's watch, when it is one: by the time we know that it left, another may have its place.
     pub(super) wd: Option<i32>,
+}
+
+/// What was done since it was last told.
+#[derive(Default)]
+pub(super) struct Pace {
+    turns: u64,
+    events: u64,
+    pub(super) scanned: u64,
+    pub(super) looked: u64,
+    pub(super) cuts: u64,
 }
 
 pub(super) struct Engine {
@@ -205,8 +212,8 @@ pub(super) struct Engine {
     /// Of these the files that are mapped for writing.
     pub(super) mapped: BTreeSet<RelPath>,
     pub(super) unreadable: BTreeMap<RelPath, (String, Instant)>,
-    /// Names of files that came and are not committed, with which file that is once somebody asked.
-    pub(super) fresh: BTreeMap<RelPath, Option<Which>>,
+    /// Names of files that came and are not committed.
+    pub(super) fresh: Fresh,
     /// A name of those moved on to where nobody watched yet.
     pub(super) strayed: bool,
     pub(super) bulk: Bulk,
@@ -242,6 +249,8 @@ pub(super) struct Engine {
     _mapping: Sender<()>,
     /// When it was last told why a group is not cut.
     pub(super) told_why: Instant,
+    told_pace: Instant,
+    pub(super) pace: Pace,
     writers_at: Instant,
     published_at: Instant,
     next_sweep: Option<Instant>,
@@ -334,7 +343,7 @@ impl Engine {
             writers: BTreeMap::new(),
             mapped: BTreeSet::new(),
             unreadable: BTreeMap::new(),
-            fresh: BTreeMap::new(),
+            fresh: Fresh::default(),
             strayed: false,
             bulk,
             waiters: vec![],
@@ -360,6 +369,8 @@ impl Engine {
             handle,
             _mapping: mapping,
             told_why: now,
+            told_pace: now,
+            pace: Pace::default(),
             writers_at: now,
             published_at: now,
             rechecks: BTreeMap::new(),
@@ -394,6 +405,7 @@ impl Engine {
             self.finish_first_sync()?;
             self.answer_waiters()?;
             let busy = scanned || cut;
+            self.pace.turns += 1;
             self.publish(busy);
             if !busy {
                 if self.pull.is_none() {
@@ -658,6 +670,7 @@ impl Engine {
     }
 
     fn event(&mut self, event: &Event) -> Result<(), CaptureError> {
+        self.pace.events += 1;
         if event.mask.contains(ReadFlags::QUEUE_OVERFLOW) {
             self.summary.overflows += 1;
             self.halves.clear();
@@ -706,6 +719,10 @@ impl Engine {
         if !is_dir && event.mask.intersects(ReadFlags::DELETE | ReadFlags::MOVED_TO) {
             self.other_names_changed(&path)?;
         }
+        if !is_dir && event.mask.contains(ReadFlags::DELETE) && self.is_unheard_of(&path)? {
+            self.forget(&path);
+            return Ok(());
+        }
         if event.mask.contains(ReadFlags::MOVED_FROM) {
             if !excluded {
                 self.mark(&path, false, false, false);
@@ -714,7 +731,7 @@ impl Engine {
             self.halves.insert(event.cookie, HalfRename { path, dir: event.wd, is_dir, excluded, wd });
         } else if event.mask.contains(ReadFlags::MOVED_TO) {
             match self.halves.remove(&event.cookie) {
-                Some(half) => self.renamed(&half, &path, excluded),
+                Some(half) => self.renamed(&half, &path, excluded)?,
                 None if excluded => {}
                 None => self.appeared(&path, is_dir),
             }
@@ -754,6 +771,25 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether nothing was ever sent of a file, nor of what had its name before: gone again, it is nothing to the standby.
+    ///
+    /// Rows that are taken back or pulled later mark their paths, so that this holds as long as nobody says otherwise.
+    fn is_unheard_of(&self, path: &RelPath) -> Result<bool, CaptureError> {
+        use twinbox_resync::rows::Rows;
+        let origin = self.sets.origin(path);
+        let known = !self.complete || self.pull.is_some() || self.collapsed || self.sets.is_ambiguous(path);
+        Ok(!known && self.view.row(path)?.is_none() && (origin == *path || self.view.row(&origin)?.is_none()))
+    }
+
+    /// A file that is unheard of is gone: whether its bytes were to be read, and since which round, when it was dirty. A round that has seen it is spoiled.
+    fn forget(&mut self, path: &RelPath) -> Option<u64> {
+        self.fresh.remove(path);
+        self.larges.remove(path);
+        self.ahead_in_vain(path);
+        let groups: BTreeSet<Group> = [true, false].map(|is_dir| self.group_of(path, is_dir)).into();
+        groups.iter().filter_map(|group| self.sets.withdraw(group, path)).map(|(_, round)| round).min()
+    }
+
     /// A directory is to be compared; not when everything will be.
     fn push_scan(&mut self, dir: RelPath) {
         if !self.compare || self.session.is_some() {
@@ -774,16 +810,18 @@ impl Engine {
             self.void_below(path);
             self.push_scan(path.clone());
         } else if self.complete {
-            self.fresh.insert(path.clone(), None);
+            self.fresh.insert(path.clone());
         }
     }
 
-    fn renamed(&mut self, from: &HalfRename, to: &RelPath, to_excluded: bool) {
+    fn renamed(&mut self, from: &HalfRename, to: &RelPath, to_excluded: bool) -> Result<(), CaptureError> {
         if to_excluded {
-            return self.moved_out(from);
+            self.moved_out(from);
+            return Ok(());
         }
         if from.excluded {
-            return self.appeared(to, from.is_dir);
+            self.appeared(to, from.is_dir);
+            return Ok(());
         }
         if from.is_dir
             && let (Some(wd), Some(parent)) = (self.watch.at(&from.path), to.parent().and_then(|p| self.watch.at(&p)))
@@ -802,22 +840,44 @@ impl Engine {
                 self.void_below(to);
             }
             self.ahead_moved(&from.path, to);
-            let fresh = super::ahead::take_within(&mut self.fresh, &from.path);
-            self.fresh.extend(fresh.into_iter().filter_map(|(path, ino)| Some((path.rebase(&from.path, to)?, ino))));
+            self.fresh.moved(&from.path, to);
+            for (path, at) in super::ahead::take_within(&mut self.writers, &from.path) {
+                if let Some(new) = path.rebase(&from.path, to) {
+                    if self.mapped.remove(&path) {
+                        self.mapped.insert(new.clone());
+                    }
+                    self.writers.insert(new, at);
+                }
+            }
             use twinbox_resync::rows::Rows;
             let is_known = || self.view.row(&self.sets.origin(&from.path)).is_ok_and(|row| row.is_some_and(|row| row.local.is_some()));
             if !from.is_dir && self.complete && !self.scan.is_settled() && !is_known() {
                 // It may have come while nobody watched, and have gone past the comparison: from where that has not been to where it has.
-                self.fresh.insert(to.clone(), None);
+                self.fresh.insert(to.clone());
+            }
+            if let (false, Some(at)) = (from.is_dir, self.closers.last(&from.path)) {
+                self.closers.add(to, at);
+            }
+            if !from.is_dir && self.is_unheard_of(&from.path)? {
+                // As if it had come under this name: what is renamed again and again while no standby is there is one thing to send, not one a name.
+                let round = self.forget(&from.path);
+                self.sets.join(&groups.0, &groups.1); // What an application declared in one is not seen in the other before.
+                self.mark(to, true, true, false);
+                self.fresh.insert(to.clone()); // What was joined for its old name is not joined with this one's.
+                if let Some(round) = round {
+                    let group = self.group_of_marked(to);
+                    self.sets.backdate(&group, to, round);
+                }
+                return Ok(());
             }
             let (grouping, watch) = (&self.config.grouping, &self.watch);
             let group_of = |path: &RelPath| grouping.group_of(path.as_bytes(), watch.at(path).is_some()).to_vec();
             self.sets.renamed((&groups.0, &from.path), (&groups.1, to), from.is_dir, Instant::now(), group_of);
-            for (path, _) in self.larges.extract_if(|path, _| path.is_within(&from.path)).collect::<Vec<_>>() {
-                drop(path); // Belongs to an observation that is void now.
-            }
-            if let Some(at) = self.closers.last(&from.path) {
-                self.closers.add(to, at);
+            for (path, large) in self.larges.extract_if(|path, _| path.is_within(&from.path)).collect::<Vec<_>>() {
+                // Observations below a directory move along; one of the thing itself is void.
+                if let Some(new) = path.rebase(&from.path, to).filter(|_| path != from.path) {
+                    self.larges.insert(new, large);
+                }
             }
             if self.sets.hint_count() > HINTS_MAX {
                 self.distrust_renames();
@@ -829,6 +889,7 @@ impl Engine {
             self.push_scan(from.path.clone());
             self.push_scan(to.clone());
         }
+        Ok(())
     }
 
     /// Where renames led is compared as if nothing were known of it: there are too many, or the rows it was compared with under its old name are not those any more.
@@ -852,7 +913,7 @@ impl Engine {
         {
             self.watch.forget(wd);
         }
-        self.strayed |= self.fresh.range(half.path.clone()..).next().is_some_and(|(path, _)| path.is_within(&half.path));
+        self.strayed |= self.fresh.any_within(&half.path);
         if !half.excluded {
             self.mark(&half.path, false, false, false);
             if half.is_dir {
@@ -885,7 +946,25 @@ impl Engine {
         }
     }
 
+    /// For whoever wonders, at DEBUG, where the time goes: once a second while there is something to do.
+    fn tell_pace(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.told_pace) < Duration::from_secs(1) {
+            return;
+        }
+        self.told_pace = now;
+        let [queue, scan, look, commit, idle] = self.pulse.take_spent_ms();
+        let Pace { turns, events, scanned, looked, cuts } = std::mem::take(&mut self.pace);
+        if self.sets.is_clean() && self.scan.is_done() {
+            return;
+        }
+        let (groups, pending, left) = (self.sets.groups().count(), self.sets.pending(), self.scan.left().count());
+        let (up, flying, fresh) = (self.session.is_some(), self.outbox.in_flight().len(), self.fresh.len());
+        tracing::debug!(mirror = %self.config.name, up, queue, scan, look, commit, idle, turns, events, scanned, looked, cuts, groups, pending, left, flying, fresh, "pace (ms, then counts)");
+    }
+
     fn publish(&mut self, busy: bool) {
+        self.tell_pace();
         let now = Instant::now();
         if busy && now.duration_since(self.published_at) < Duration::from_millis(20) {
             return;

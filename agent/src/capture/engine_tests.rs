@@ -291,6 +291,7 @@ fn a_folder_moved_to_where_one_that_left_the_tree_was_stays_watched() {
 fn what_is_seen_of_a_name_counts_in_one_group_only() {
     let mut rig = started(&["y"]);
     fs::write(rig.root.join("y/mail"), b"1").unwrap();
+    fs::write(rig.root.join("z"), b"").unwrap();
     rig.settle();
     rig.stage = false;
     // The group of files in the root waits for this one.
@@ -304,7 +305,6 @@ fn what_is_seen_of_a_name_counts_in_one_group_only() {
     rig.check();
     rig.stage = false;
     fs::write(rig.root.join("big"), &big()[5..]).unwrap();
-    fs::write(rig.root.join("z"), b"").unwrap();
     fs::remove_file(rig.root.join("z")).unwrap();
     rig.until("z is seen absent", |r| r.engine.sets.groups().any(|(_, g)| g.captured.contains_key(&p("z"))));
     fs::rename(rig.root.join("y"), rig.root.join("z")).unwrap();
@@ -312,6 +312,95 @@ fn what_is_seen_of_a_name_counts_in_one_group_only() {
     rig.stage = true;
     rig.settle();
     rig.check();
+}
+
+/// What was never sent and is gone again, or has another name, is not kept: a standby that is away for long is owed what there is, not every name there ever was.
+#[test]
+fn names_that_came_and_went_while_the_standby_was_away_are_forgotten() {
+    let mut rig = started(&["u", "v"]);
+    fs::write(rig.root.join("u/old"), b"old").unwrap();
+    rig.settle();
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap(); // u is not cut meanwhile.
+    for n in 0..50 {
+        fs::write(rig.root.join("u/new"), format!("{n}")).unwrap();
+        rig.turn();
+        for (from, to) in [("new", "a"), ("a", "b"), ("b", "c")] {
+            fs::rename(rig.root.join("u").join(from), rig.root.join("u").join(to)).unwrap();
+            rig.turn();
+        }
+        fs::remove_file(rig.root.join("u/c")).unwrap();
+    }
+    fs::write(rig.root.join("u/here"), b"mail").unwrap();
+    fs::rename(rig.root.join("u/here"), rig.root.join("u/there")).unwrap();
+    fs::rename(rig.root.join("u/old"), rig.root.join("u/older")).unwrap();
+    rig.until("there is read", |r| r.engine.sets.groups().any(|(_, g)| g.captured.contains_key(&p("u/there"))));
+    // u itself, big, there, old, older.
+    assert!(rig.engine.sets.pending() <= 5, "{:?}", rig.engine.sets);
+    assert_eq!((rig.engine.fresh.len(), rig.engine.sets.hint_count()), (2, 1));
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+    assert!(rig.engine.fresh.is_empty());
+}
+
+/// A folder that is renamed takes along what was read below it, also when its turn for a cut comes only after many renames.
+#[test]
+fn what_was_read_below_a_folder_is_not_read_again_because_that_was_renamed() {
+    let mut rig = started(&["u"]);
+    fs::create_dir(rig.root.join("u/d")).unwrap();
+    rig.settle();
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap(); // u is not cut meanwhile.
+    for n in 0..100 {
+        fs::write(rig.root.join(format!("u/d/{n}")), b"mail").unwrap();
+    }
+    rig.until("all is read", |r| r.engine.sets.groups().any(|(_, g)| g.captured.len() >= 100));
+    let before = rig.engine.pace.looked;
+    for n in 0..20 {
+        fs::rename(rig.root.join(if n == 0 { "u/d".into() } else { format!("u/d{n}") }), rig.root.join(format!("u/d{}", n + 1))).unwrap();
+        (0..5).for_each(|_| rig.turn());
+    }
+    let looked = rig.engine.pace.looked - before;
+    assert!(looked < 500, "{looked} looks for 20 renames of a folder of 100 messages");
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
+/// A folder takes the name of one that was just emptied and removed, as a server's trash does for each folder that is deleted: the plan knows where everything went, and nothing is read again.
+#[test]
+fn a_name_that_folder_after_folder_has_is_planned_at_once() {
+    let mut rig = started(&["u"]);
+    for folder in ["a", "b"] {
+        fs::create_dir(rig.root.join("u").join(folder)).unwrap();
+        fs::write(rig.root.join("u").join(folder).join("mail"), folder).unwrap();
+    }
+    rig.settle();
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap(); // u is not cut meanwhile.
+    rig.until("big is being sent", |r| r.engine.sets.groups().any(|(_, g)| !g.staging.is_empty()));
+    let trash = |rig: &mut Rig, folder: &str, empty: bool| {
+        fs::rename(rig.root.join("u").join(folder), rig.root.join("u/trash")).unwrap();
+        rig.turn();
+        if empty {
+            fs::remove_file(rig.root.join("u/trash/mail")).unwrap();
+            fs::remove_dir(rig.root.join("u/trash")).unwrap();
+            rig.turn();
+        }
+    };
+    trash(&mut rig, "a", true);
+    fs::create_dir(rig.root.join("u/c")).unwrap();
+    fs::write(rig.root.join("u/c/mail"), b"c").unwrap();
+    (0..5).for_each(|_| rig.turn());
+    trash(&mut rig, "c", true);
+    trash(&mut rig, "b", false);
+    (0..20).for_each(|_| rig.turn());
+    let again = rig.engine.summary.replanned;
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+    assert_eq!(rig.engine.summary.replanned, again, "looked at again");
 }
 
 #[test]

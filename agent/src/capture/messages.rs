@@ -177,6 +177,8 @@ pub struct CaptureStatus {
     pub last_error: Option<(SystemTime, String)>,
     /// Txns that are no cuts, by policy.
     pub fuzzy_cuts: u64,
+    /// Plans that did not fit, so that their paths were looked at again.
+    pub replanned: u64,
     /// Rounds that were spoiled.
     pub spoiled_rounds: u64,
     /// Why the mirror ended, if it did.

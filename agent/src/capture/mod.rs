@@ -13,6 +13,7 @@ pub mod dirty;
 mod durable;
 pub mod engine;
 pub mod fence;
+mod fresh;
 pub mod look;
 mod mapped;
 pub mod messages;

@@ -11,12 +11,15 @@ pub(super) struct Origins {
     rows: BTreeMap<RelPath, RelPath>,
     /// The other way round. A name that is made anew and renamed again has the same row as what was renamed before.
     now: BTreeMap<RelPath, BTreeSet<RelPath>>,
+    /// How often something was renamed to a name.
+    given: BTreeMap<RelPath, u32>,
 }
 
 impl Origins {
     pub(super) fn clear(&mut self) {
         self.rows.clear();
         self.now.clear();
+        self.given.clear();
     }
 
     fn remove(&mut self, path: &RelPath) -> Option<RelPath> {
@@ -50,6 +53,17 @@ impl Origins {
         }
         self.remove(from);
         self.insert(to.clone(), origin);
+        for (path, times) in super::ahead::take_within(&mut self.given, from) {
+            if let Some(new) = path.rebase(from, to) {
+                *self.given.entry(new).or_default() += times;
+            }
+        }
+        *self.given.entry(to.clone()).or_default() += 1;
+    }
+
+    /// Whether more than one thing was given the name of `path`, or of a directory above it: what rows those had there is not told by where the last one came from.
+    pub(super) fn is_ambiguous(&self, path: &RelPath) -> bool {
+        !self.given.is_empty() && std::iter::successors(Some(path.clone()), RelPath::parent).any(|at| self.given.get(&at) > Some(&1))
     }
 
     /// Where the row of `path` is.

@@ -58,19 +58,28 @@ pub struct Pulse {
     began: Instant,
     at_us: AtomicU64,
     stage: AtomicU8,
+    /// Microseconds spent in the thread's own stages, in their order, then at rest.
+    spent_us: [AtomicU64; 5],
 }
 
 impl Default for Pulse {
     fn default() -> Self {
-        Pulse { began: Instant::now(), at_us: AtomicU64::new(0), stage: AtomicU8::new(Stage::Idle as u8) }
+        Pulse { began: Instant::now(), at_us: AtomicU64::new(0), stage: AtomicU8::new(Stage::Idle as u8), spent_us: Default::default() }
     }
 }
 
 impl Pulse {
     /// The thread begins something.
     pub fn enter(&self, stage: Stage) {
-        self.stage.store(stage as u8, Ordering::Relaxed);
-        self.at_us.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
+        let now = self.began.elapsed().as_micros() as u64;
+        let (last, at) = (self.stage.swap(stage as u8, Ordering::Relaxed), self.at_us.swap(now, Ordering::Relaxed));
+        self.spent_us[usize::from(last).min(self.spent_us.len() - 1)].fetch_add(now.saturating_sub(at), Ordering::Relaxed);
+    }
+
+    /// Milliseconds spent since it was last asked: with the queue, comparing, reading, committing, at rest.
+    #[must_use]
+    pub fn take_spent_ms(&self) -> [u64; 5] {
+        std::array::from_fn(|stage| self.spent_us[stage].swap(0, Ordering::Relaxed) / 1000)
     }
 
     /// What it does, and for how long.

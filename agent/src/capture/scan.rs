@@ -11,8 +11,7 @@ use twinbox_protocol::entry::{Kind, Time};
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
 
-use super::cut::FRESH_SEARCHED;
-use super::dirty::Group;
+use super::dirty::{Group, Pending};
 use super::engine::{CaptureError, Engine};
 use crate::tree::{self, Listed};
 
@@ -288,6 +287,7 @@ impl Engine {
         let row = listing.rows.next_if(|(name, _)| *name == item.name).map(|(_, row)| row);
         let Some(path) = listing.dir.join(&item.name) else { return Ok(()) };
         self.scan.looked_at += 1;
+        self.pace.scanned += 1;
         self.meanwhile();
         let stat = match rfs::statat(&listing.fd, item.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
@@ -311,14 +311,14 @@ impl Engine {
             // Its own listing compares it.
             self.scan.push(path.clone());
             if row.is_none_or(|row| !row.entry.is_dir()) {
-                self.mark(&path, false, true, false);
+                self.mark_unless_seen(&path, &stat, true);
             }
             return Ok(());
         }
         // A name moved into or out of this place by a rename we saw is dirty already; its row is elsewhere.
         let row = if self.sets.origin(&path) == listing.origin.join(&item.name).unwrap_or_default() { row } else { None };
         if row.as_ref().is_none_or(|row| !unchanged(row, &stat)) {
-            self.mark(&path, false, true, false);
+            self.mark_unless_seen(&path, &stat, false);
             let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
             let still = |row: &Row| is_file && row.entry.size() == stat.st_size as u64 && row.entry.mtime == tree::mtime(&stat);
             // With the same size and time it is the same file, whatever else was changed.
@@ -335,12 +335,20 @@ impl Engine {
         Ok(())
     }
 
+    /// What differs from its row is looked at; not what has been, as it is now, and waits for its cut: the folder of many messages is listed each time it is renamed.
+    fn mark_unless_seen(&mut self, path: &RelPath, stat: &rfs::Stat, is_dir: bool) {
+        let group = self.group_of(path, is_dir);
+        if self.sets.seen(&group, path) != Pending::Seen(Some(tree::local(stat))) {
+            self.mark(path, false, true, false);
+        }
+    }
+
     /// A file that differs from its row, or has none, may have come from where nobody watched it go: it must not be gone there before it is here.
     fn may_have_moved_here(&mut self, path: RelPath, stat: &rfs::Stat, is_new: bool) -> Result<(), CaptureError> {
         if stat.st_nlink > 1 {
             // Elsewhere, too, wherever it came from. When it is the last of its names before it is cut, it was a move after all.
-            if is_new && self.fresh.len() < FRESH_SEARCHED / 2 {
-                self.fresh.insert(path, None);
+            if is_new {
+                self.fresh.insert(path);
             }
             return Ok(());
         }

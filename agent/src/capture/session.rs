@@ -419,9 +419,9 @@ impl Engine {
         self.bulk.session_ended();
         // Observations may rest on contents the standby turns out not to have. What was read whole, or seen to be gone, is so whatever the standby has, and is kept: under a load that never ends a
         // standby that comes and goes would otherwise be sent nothing but beginnings.
-        for path in self.sets.on_the_standby() {
+        for (path, content) in self.sets.on_the_standby() {
             self.larges.remove(&path);
-            self.mark(&path, true, false, false);
+            self.mark(&path, content, true, false);
         }
         if !self.complete {
             // Nothing of a first sync is kept in memory while nobody takes it.

@@ -12,6 +12,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
 use twinbox_protocol::entry::Entry;
+use twinbox_protocol::entry::Time;
 use twinbox_protocol::msg::{BulkItem, Position, Replica, ToPrimary};
 use twinbox_resync::node::Role;
 
