@@ -212,11 +212,18 @@ impl Planner<'_> {
             self.seen.values().filter_map(|s| if let Seen::Present(f) = s { Some(f.local.ino) } else { None }).collect();
         // Where renames lead that were not performed, though there was something.
         let mut passed: Vec<RelPath> = vec![];
+        let mut performed: Vec<&RelPath> = vec![];
         for (Hint { from, to }, blind) in hints.iter().zip(blind) {
             let row = self.view.row(from)?;
             // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
             let unseen = !self.seen.contains_key(to) && row.as_ref().is_some_and(|row| row.entry.is_dir());
             let needed = unseen || self.found(to).is_some_and(|f| f.entry.is_dir());
+            // What it had there would stay, where another directory is by now.
+            let stays = |performed: &[&RelPath]| {
+                let has_rows = performed.iter().any(|other| from.is_within(other)) && self.seen.get(from) != Some(&Seen::Absent);
+                row.as_ref().is_some_and(|row| row.entry.is_dir()) && has_rows
+            };
+            let needed = needed || stays(&performed);
             let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };
             // What was below a directory that was moved without its rows has none either, whatever has rows there.
             let below_passed = passed.iter().any(|other| from.is_within(other));
@@ -252,6 +259,7 @@ impl Planner<'_> {
             match self.parents(to) {
                 // It went with the directory it was moved into.
                 Err(PlanError::Rescan { .. }) if is_gone && self.seen.get(to) == Some(&Seen::Absent) => {
+                    skipped("it went with the directory it was moved into")?;
                     passed.push(to.clone());
                     continue;
                 }
@@ -271,6 +279,7 @@ impl Planner<'_> {
             match done {
                 Ok(()) => {
                     self.ops.push(op);
+                    performed.push(to);
                     passed.retain(|other| !other.is_within(to));
                     passed.iter_mut().for_each(|other| *other = other.rebase(from, to).unwrap_or_else(|| other.clone()));
                 }

@@ -157,7 +157,11 @@ impl Engine {
             stale.extend(self.sets.linked(unit).filter_map(changed));
         }
         stale.iter().for_each(|path| self.mark(path, true, true, false));
-        whole && stale.iter().all(|path| !unit.contains(&self.group_of(path, false))) && !self.leaves_for_another(unit)
+        if !whole || stale.iter().any(|path| unit.contains(&self.group_of(path, false))) || self.leaves_for_another(unit) {
+            return false;
+        }
+        self.sets.wait_for(unit, &BTreeSet::new(), Instant::now());
+        true
     }
 
     /// Whether something in these groups, or all of them, is still to be compared.
@@ -168,7 +172,7 @@ impl Engine {
         })
     }
 
-    /// Whether a file that goes in this unit has a new name elsewhere that is not there yet: a move made by link and unlink is one txn, too.
+    /// Whether a file that goes in this unit has a new name elsewhere that is not there yet: of a move made by link and unlink the new name comes first, for the message was in both places.
     fn leaves_for_another(&mut self, unit: &BTreeSet<Group>) -> bool {
         if (self.fresh.is_empty() && !self.strayed) || !self.complete {
             return false;
@@ -211,16 +215,25 @@ impl Engine {
         if strayed {
             return true; // It may be what is on its way to a directory that is still to be listed.
         }
-        let group_of = |path: RelPath| self.config.grouping.group_of(path.as_bytes(), false).to_vec();
-        let found: BTreeSet<Group> =
-            gone.iter().flat_map(|which| self.fresh.find(*which, stat)).map(group_of).filter(|group| !unit.contains(group)).collect();
+        let names: BTreeSet<RelPath> = gone.iter().flat_map(|which| self.fresh.find(*which, stat)).collect();
+        let mut found = BTreeSet::new();
+        for path in names {
+            let group = self.group_of(&path, false);
+            if !self.sets.is_pending(&group, &path) {
+                self.fresh.remove(&path); // Nobody is going to commit it.
+            } else if !unit.contains(&group) {
+                found.insert(group);
+            }
+        }
         if !found.is_empty() {
-            tracing::debug!(mirror = %self.config.name, from = unit.len(), to = found.len(), ?gone, "joined: moved by link and unlink");
+            tracing::debug!(mirror = %self.config.name, unit = unit.len(), others = found.len(), ?gone, "after others: moved by link and unlink");
         }
-        for group in &found {
-            unit.iter().for_each(|name| self.sets.join(name, group));
+        if found.is_empty() {
+            return false;
         }
-        !found.is_empty()
+        // Cut together, twenty mailboxes that have links of one message would soon be one unit that never rests.
+        self.sets.wait_for(unit, &found, Instant::now());
+        true
     }
 
     /// For whoever wonders, at DEBUG, why mail lags: what keeps a group from being cut for longer than a second, once a second.
@@ -295,7 +308,6 @@ impl Engine {
     /// One look; gives the bytes it read.
     fn look_at(&mut self, name: &[u8], path: RelPath, mark: Mark, boundary: Time) -> Result<usize, CaptureError> {
         let now = Instant::now();
-        self.pace.looked += 1;
         if self.config.selection.excludes(path.as_bytes(), self.watch.at(&path).is_some()) {
             // Exclusions changed: what the standby has of it goes.
             self.unreadable.remove(&path);
@@ -323,8 +335,14 @@ impl Engine {
         if self.mapped.contains(&path) {
             super::mapped::sync(&self.root, &path); // A store while it is read moves its ctime then.
         }
-        let view = &self.view;
-        let (seen, writer) = look(&self.root, &path, &known, |hash| view.large(hash).ok().flatten(), &*self.recent);
+        let (seen, writer) = match self.kept(&path, &mark) {
+            Some(found) => (Look::Seen(Seen::Present(found), self.larges.remove(&path)), None),
+            None => {
+                self.pace.looked += 1;
+                let view = &self.view;
+                look(&self.root, &path, &known, |hash| view.large(hash).ok().flatten(), &*self.recent)
+            }
+        };
         match writer {
             Some(true) => {
                 self.writers.insert(path.clone(), now);
@@ -377,6 +395,14 @@ impl Engine {
                 Ok(0)
             }
         }
+    }
+
+    /// What was read of a path before a directory above it was renamed, when it is the same still: nobody writes to it, and no event has named it.
+    fn kept(&mut self, path: &RelPath, mark: &Mark) -> Option<Box<Found>> {
+        let found = self.sets.take_kept(path)?;
+        let rests = matches!(found.body, Body::Unread | Body::Bytes(_)) && !mark.open && !self.writers.contains_key(path);
+        let stat = self.root.stat(path).ok().flatten()?;
+        (rests && found.local == crate::tree::local(&stat) && found.nlink == stat.st_nlink).then_some(found)
     }
 
     /// An event comes under one name of an inode: when the inode changed, its other names are looked at too, and cut together, because on the standby they change together.
@@ -451,9 +477,13 @@ impl Engine {
                         self.scan.push(moved);
                     }
                 }
-                for path in seen.into_keys() {
-                    self.larges.remove(&path);
+                for (path, seen) in seen {
                     self.mark_again(&path);
+                    match seen {
+                        // The rows it was compared with were not those; what it is, it is.
+                        Seen::Present(found) if matches!(found.body, Body::Unread | Body::Bytes(_)) => self.sets.keep(path, found),
+                        _ => drop(self.larges.remove(&path)),
+                    }
                 }
                 return Ok(true);
             }

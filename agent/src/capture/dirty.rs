@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use twinbox_protocol::entry::Time;
 use twinbox_protocol::path::RelPath;
-use twinbox_resync::plan::{Hint, Seen};
+use twinbox_resync::plan::{Found, Hint, Seen};
+use twinbox_resync::rows::Local;
 
 use super::origins::Origins;
 
@@ -40,6 +41,9 @@ pub struct Mark {
 /// How long a directory's own times wait for a real change to ride along with: a delivery touches tmp/ twice before the message is there.
 const QUIET: Duration = Duration::from_millis(10);
 
+/// How long a group that waits for the cut of another is left alone.
+const OTHERS_WAIT: Duration = Duration::from_millis(5);
+
 /// One consistency group with something to do.
 #[derive(Debug, Default)]
 pub struct GroupState {
@@ -65,6 +69,8 @@ pub struct GroupState {
     pub cut: u64,
     /// Last round that looked at it from the beginning.
     began: u64,
+    /// What was captured waits for a cut of other groups: not to be tried before.
+    not_before: Option<Instant>,
 }
 
 /// A rename seen.
@@ -114,6 +120,9 @@ pub struct DirtySets {
     /// Hints held by all groups.
     hints: usize,
     held: BTreeSet<Group>,
+    kept: BTreeMap<RelPath, Box<Found>>,
+    /// Groups that are cut only after others: a file that goes here is there by now.
+    waits: BTreeMap<Group, BTreeSet<Group>>,
 }
 
 impl DirtySets {
@@ -229,7 +238,10 @@ impl DirtySets {
         let waits = |name: &Group| self.groups.get(name).is_some_and(|g| !g.dirty.is_empty() || !g.staging.is_empty());
         self.groups.iter().any(|(name, g)| {
             (g.dirty.values().any(|m| m.not_before.is_none_or(|at| at <= now))
-                || (!g.captured.is_empty() && !waits(name) && !self.closure(name).iter().any(waits)))
+                || (!g.captured.is_empty()
+                    && g.not_before.is_none_or(|at| at <= now)
+                    && !waits(name)
+                    && !self.closure(name).iter().any(waits)))
                 && !self.rests(name)
         })
     }
@@ -238,7 +250,8 @@ impl DirtySets {
     #[must_use]
     pub fn next_look(&self, now: Instant) -> Option<Instant> {
         let groups = self.groups.iter().filter(|(name, _)| !self.rests(name));
-        groups.flat_map(|(_, g)| g.dirty.values()).map(|m| m.not_before.unwrap_or(now)).min()
+        let looks = |g: &GroupState| g.dirty.values().map(|m| m.not_before.unwrap_or(now)).chain(g.not_before).min();
+        groups.filter_map(|(_, g)| looks(g)).min()
     }
 
     /// Groups with something to do.
@@ -272,6 +285,30 @@ impl DirtySets {
         self.groups.values().filter_map(|g| g.since).min()
     }
 
+    /// These groups are cut after those others (none: they wait for nobody), and not tried for a moment; two that would wait for each other are cut together.
+    pub fn wait_for(&mut self, unit: &BTreeSet<Group>, others: &BTreeSet<Group>, now: Instant) {
+        let (mut seen, mut left) = (BTreeSet::new(), others.iter().cloned().collect::<Vec<_>>());
+        while let Some(group) = left.pop() {
+            if unit.contains(&group) {
+                unit.iter().for_each(|name| others.iter().for_each(|other| self.join(name, other)));
+                break;
+            }
+            if seen.insert(group.clone()) {
+                left.extend(self.waits.get(&group).into_iter().flatten().cloned());
+            }
+        }
+        for name in unit {
+            if others.is_empty() {
+                self.waits.remove(name);
+            } else {
+                self.waits.insert(name.clone(), others.clone());
+            }
+            if let Some(state) = self.groups.get_mut(name) {
+                state.not_before = (!others.is_empty()).then(|| now + OTHERS_WAIT);
+            }
+        }
+    }
+
     /// Whether nothing waits.
     #[must_use]
     pub fn is_clean(&self) -> bool {
@@ -283,6 +320,9 @@ impl DirtySets {
         let mut fresh = false;
         // What is voided may have been looked at because its bytes changed: an event that says less (utimes after a write) must not take that back.
         let content = content || (!quiet && self.holds_content(group, path));
+        if !quiet {
+            self.kept.remove(path);
+        }
         let state = self.group(group);
         if !quiet && (state.captured.contains_key(path) || state.staging.contains_key(path)) {
             state.spoiled = true;
@@ -335,6 +375,7 @@ impl DirtySets {
     /// Takes a path out of a group in every form: whether its content may have changed, and since which round; `None` when it was not in it.
     pub fn withdraw(&mut self, group: &[u8], path: &RelPath) -> Option<(bool, u64)> {
         let held = self.holds_content(group, path);
+        self.kept.remove(path);
         let state = self.groups.get_mut(group)?;
         let mut seen = false;
         if let Some(old) = state.captured.remove(path) {
@@ -343,7 +384,9 @@ impl DirtySets {
         }
         seen |= state.staging.remove(path).is_some();
         state.spoiled |= seen;
-        let mark = self.take(group, path);
+        let (mark, round) = (self.take(group, path), self.round);
+        // Nor is a round whole that was to look at it and did not.
+        self.group(group).spoiled |= mark.is_some_and(|m| m.round < round);
         (seen || mark.is_some()).then(|| (held || mark.is_some_and(|m| m.content), mark.map_or(self.round, |m| m.round)))
     }
 
@@ -562,12 +605,12 @@ impl DirtySets {
         }
     }
 
-    /// Everything dirty below `from` is dirty below `to`; `group` is the one of `to`, with which all of it is cut. What was captured moves along: neither the file nor its row is another, but of a cut
-    /// under way it is none.
+    /// Everything dirty or captured below `from` is dirty below `to`; `group` is the one of `to`, with which all of it is cut. What was captured is [`kept`](Self::take_kept).
     fn move_below(&mut self, from: &RelPath, to: &RelPath, group: &[u8], now: Instant, group_of: impl Fn(&RelPath) -> Group) {
         let Some((low, high)) = from.below() else { return };
         let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
-        let (mut moved, mut seen, round) = (vec![], vec![], self.round);
+        let (mut moved, round) = (vec![], self.round);
+        let mut kept = super::ahead::take_within(&mut self.kept, from);
         for state in self.groups.values_mut() {
             let dirty: Vec<RelPath> = state.dirty.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in dirty {
@@ -577,11 +620,14 @@ impl DirtySets {
             }
             let captured: Vec<RelPath> = state.captured.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in captured {
-                if let Some(found) = state.captured.remove(&path) {
-                    state.bytes -= weight(&found).min(state.bytes);
-                    seen.push((path, found));
+                if let Some(seen) = state.captured.remove(&path) {
+                    state.bytes -= weight(&seen).min(state.bytes);
+                    if let Seen::Present(found) = seen {
+                        kept.push((path.clone(), found));
+                    }
                 }
                 state.spoiled = true;
+                moved.push((path, true, false, round));
             }
             let staging: Vec<RelPath> = state.staging.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in staging {
@@ -589,18 +635,6 @@ impl DirtySets {
                 state.spoiled = true;
                 moved.push((path, true, false, round));
             }
-        }
-        for (path, found) in seen {
-            let Some(new) = path.rebase(from, to) else { continue };
-            let own = group_of(&new);
-            if self.is_dirty(&own, &new) {
-                continue; // Something was there before: the disk decides.
-            }
-            self.captured(&own, new, found);
-            let state = self.group(&own);
-            state.spoiled = true;
-            state.since.get_or_insert(now);
-            self.join(group, &own);
         }
         for (path, content, scan, round) in moved {
             if let Some(new) = path.rebase(from, to) {
@@ -610,6 +644,23 @@ impl DirtySets {
                 self.join(group, &own);
             }
         }
+        self.kept.extend(kept.into_iter().filter_map(|(path, found)| Some((path.rebase(from, to)?, found))));
+    }
+
+    /// What was observed of a path under a name that its directory had before, and nothing has named since: a look that finds this very inode and ctime need not read it again.
+    pub fn take_kept(&mut self, path: &RelPath) -> Option<Box<Found>> {
+        self.kept.remove(path)
+    }
+
+    /// Keeps what was observed of a path that is dirty again though no event named it: see [`take_kept`](Self::take_kept).
+    pub fn keep(&mut self, path: RelPath, found: Box<Found>) {
+        self.kept.insert(path, found);
+    }
+
+    /// Whether a look need not read what is there.
+    #[must_use]
+    pub fn keeps(&self, path: &RelPath, local: Local) -> bool {
+        self.kept.get(path).is_some_and(|found| found.local == local)
     }
 
     /// Where the row of `path` is, before the renames seen since the last commit.
@@ -678,7 +729,7 @@ impl DirtySets {
             hints.extend(state.hints.drain(..state.frozen.min(before)));
             self.hints -= before - state.hints.len();
             state.frozen = 0;
-            (state.bytes, state.rounds, state.spoiled) = (0, 0, false);
+            (state.bytes, state.rounds, state.spoiled, state.not_before) = (0, 0, false, None);
             since = [since, state.since].into_iter().flatten().min();
             state.since = state.dirty.values().map(|m| m.since).min();
         }
@@ -772,9 +823,7 @@ mod tests {
         renamed(&mut sets, (b"a", &p("a/m")), (b"a", &p("a/d/m")), false, now);
         renamed(&mut sets, (b"a", &p("a/d")), (b"b", &p("b/d")), true, now);
         let b: Vec<_> = sets.group(b"b").dirty.iter().map(|(path, m)| (path.to_string(), m.content)).collect();
-        assert_eq!(b, [("b/d".into(), false), ("b/d/m".into(), false), ("b/d/x".into(), true)]);
-        let group = sets.group(b"b");
-        assert!(group.captured.contains_key(&p("b/d/y")) && group.spoiled, "seen, but of no cut that is under way");
+        assert_eq!(b, [("b/d".into(), false), ("b/d/m".into(), false), ("b/d/x".into(), true), ("b/d/y".into(), true)]);
         assert_eq!(sets.origin(&p("b/d/m")), p("a/m"));
         assert_eq!(sets.origin(&p("b/d/x")), p("a/d/x"));
         assert_eq!(sets.origin(&p("b/e")), p("b/e"));
@@ -950,6 +999,31 @@ mod tests {
         unit.iter().for_each(|name| sets.freeze(name));
         let to: Vec<String> = sets.commit(&unit).1.iter().map(|h| h.to.to_string()).collect();
         assert_eq!(to, ["b/t", "a/d", "b/d"]);
+    }
+
+    #[test]
+    fn a_group_that_is_cut_after_another_is_tried_again_in_a_moment_and_two_that_wait_for_each_other_are_cut_together() {
+        let (mut sets, now) = (DirtySets::default(), Instant::now());
+        let group = |name: &[u8]| BTreeSet::from([name.to_vec()]);
+        for name in [b"a", b"b", b"c"] {
+            sets.captured(name, p("x"), Seen::Absent);
+        }
+        assert!(sets.has_work(now));
+        sets.wait_for(&group(b"a"), &group(b"b"), now);
+        sets.wait_for(&group(b"b"), &group(b"c"), now);
+        assert_eq!(sets.closure(b"a").len(), 1, "one after the other");
+        for name in [b"b", b"c"] {
+            sets.commit(&group(name));
+        }
+        assert!(!sets.has_work(now) && sets.next_look(now) == Some(now + OTHERS_WAIT), "else the thread would spin");
+        assert!(sets.has_work(now + OTHERS_WAIT));
+        sets.wait_for(&group(b"a"), &BTreeSet::new(), now);
+        assert!(sets.has_work(now));
+        sets.wait_for(&group(b"a"), &group(b"b"), now);
+        sets.wait_for(&group(b"b"), &group(b"c"), now);
+        sets.wait_for(&group(b"c"), &group(b"a"), now);
+        assert_eq!(sets.closure(b"c").len(), 2, "c is cut with a,");
+        assert!(sets.closure(b"c").contains(&b"a"[..]));
     }
 
     #[test]

@@ -719,9 +719,12 @@ impl Engine {
         if !is_dir && event.mask.intersects(ReadFlags::DELETE | ReadFlags::MOVED_TO) {
             self.other_names_changed(&path)?;
         }
-        if !is_dir && event.mask.contains(ReadFlags::DELETE) && self.is_unheard_of(&path)? {
-            self.forget(&path);
-            return Ok(());
+        if !is_dir && event.mask.contains(ReadFlags::DELETE) {
+            self.fresh.remove(&path);
+            if self.is_unheard_of(&path)? {
+                self.forget(&path);
+                return Ok(());
+            }
         }
         if event.mask.contains(ReadFlags::MOVED_FROM) {
             if !excluded {
@@ -785,6 +788,7 @@ impl Engine {
     fn forget(&mut self, path: &RelPath) -> Option<u64> {
         self.fresh.remove(path);
         self.larges.remove(path);
+        self.unreadable.remove(path);
         self.ahead_in_vain(path);
         let groups: BTreeSet<Group> = [true, false].map(|is_dir| self.group_of(path, is_dir)).into();
         groups.iter().filter_map(|group| self.sets.withdraw(group, path)).map(|(_, round)| round).min()
@@ -809,7 +813,7 @@ impl Engine {
         if is_dir {
             self.void_below(path);
             self.push_scan(path.clone());
-        } else if self.complete {
+        } else if self.complete && !self.collapsed {
             self.fresh.insert(path.clone());
         }
     }
@@ -849,6 +853,11 @@ impl Engine {
                     self.writers.insert(new, at);
                 }
             }
+            for (path, why) in super::ahead::take_within(&mut self.unreadable, &from.path) {
+                if let Some(new) = path.rebase(&from.path, to) {
+                    self.unreadable.insert(new, why);
+                }
+            }
             use twinbox_resync::rows::Rows;
             let is_known = || self.view.row(&self.sets.origin(&from.path)).is_ok_and(|row| row.is_some_and(|row| row.local.is_some()));
             if !from.is_dir && self.complete && !self.scan.is_settled() && !is_known() {
@@ -858,10 +867,9 @@ impl Engine {
             if let (false, Some(at)) = (from.is_dir, self.closers.last(&from.path)) {
                 self.closers.add(to, at);
             }
-            if !from.is_dir && self.is_unheard_of(&from.path)? {
+            if !from.is_dir && groups.0 == groups.1 && self.sets.origin(to) == *to && self.is_unheard_of(&from.path)? {
                 // As if it had come under this name: what is renamed again and again while no standby is there is one thing to send, not one a name.
                 let round = self.forget(&from.path);
-                self.sets.join(&groups.0, &groups.1); // What an application declared in one is not seen in the other before.
                 self.mark(to, true, true, false);
                 self.fresh.insert(to.clone()); // What was joined for its old name is not joined with this one's.
                 if let Some(round) = round {
@@ -914,6 +922,7 @@ impl Engine {
             self.watch.forget(wd);
         }
         self.strayed |= self.fresh.any_within(&half.path);
+        self.fresh.remove_within(&half.path);
         if !half.excluded {
             self.mark(&half.path, false, false, false);
             if half.is_dir {

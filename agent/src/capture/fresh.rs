@@ -100,10 +100,17 @@ impl Fresh {
     /// The names of this file, `ino` where that is known, by what they are now. With several names it may be a message delivered to many: copies, not a move, which would make one unit of all
     /// their groups.
     pub(super) fn find(&self, (ino, size, mtime): (Option<u64>, u64, Time), stat: impl Fn(&RelPath) -> Option<Stat>) -> Vec<RelPath> {
+        let was_it = |path: &&RelPath| ino.is_none_or(|ino| self.names.get(*path).copied().flatten().is_some_and(|was| was.0 == ino));
         let is_it = |path: &&RelPath| {
-            stat(path).is_some_and(|(now, names)| names == 1 && (now.1, now.2) == (size, mtime) && ino.is_none_or(|ino| ino == now.0))
+            stat(path).is_some_and(|(now, names)| names == 1 && ino.map_or((now.1, now.2) == (size, mtime), |ino| ino == now.0))
         };
-        self.by_look.get(&(size, mtime)).into_iter().flatten().filter(is_it).cloned().collect()
+        self.by_look.get(&(size, mtime)).into_iter().flatten().filter(was_it).filter(is_it).cloned().collect()
+    }
+
+    /// A name is gone, with all below it.
+    pub(super) fn remove_within(&mut self, dir: &RelPath) {
+        let gone: Vec<RelPath> = self.within(dir).cloned().collect();
+        gone.iter().for_each(|path| self.remove(path));
     }
 }
 

@@ -54,7 +54,9 @@ impl Origins {
         self.remove(from);
         self.insert(to.clone(), origin);
         for (path, times) in super::ahead::take_within(&mut self.given, from) {
-            if let Some(new) = path.rebase(from, to) {
+            // That it was given the name it leaves says nothing of the one it gets.
+            let times = if path == *from { times - 1 } else { times };
+            if let Some(new) = path.rebase(from, to).filter(|_| times > 0) {
                 *self.given.entry(new).or_default() += times;
             }
         }
