@@ -12,8 +12,8 @@ have_deny() {
     if cargo deny --version >/dev/null 2>&1; then
         return 0
     fi
-    step "cargo-deny is missing; installing $deny_version (takes some minutes)"
-    cargo install --locked cargo-deny --version "$deny_version" </dev/null
+    step "cargo-deny is missing; installing $deny_version (takes some minutes; unoptimised, for it runs for seconds)"
+    CARGO_PROFILE_DEV_DEBUG=0 cargo install --locked --debug cargo-deny --version "$deny_version" </dev/null
 }
 
 for name in "$@"; do

@@ -12,6 +12,7 @@ mod cut;
 pub mod dirty;
 mod durable;
 pub mod engine;
+mod events;
 pub mod fence;
 mod fresh;
 pub mod look;

@@ -364,13 +364,12 @@ impl Engine {
                 left.push(self.group_of(&other, false));
             }
         }
-        if left.contains(&here) {
-            // Moved within the group; what other groups lost are copies of it.
-            left.clear();
-        } else if !left.is_empty() {
-            tracing::debug!(mirror = %self.config.name, %path, "joined: moved while nobody watched");
+        // One that its own group lost was moved within that; what other groups lost are copies of it.
+        if !left.is_empty() && !left.contains(&here) {
+            tracing::debug!(mirror = %self.config.name, %path, from = left.len(), "moved while nobody watched: here first");
+            // Not as one: of a message that many had, and all but one threw away, the others' names look the same, and would make one unit of all their groups.
+            self.fresh.insert(path.clone());
         }
-        left.iter().for_each(|there| self.sets.join(&here, there));
         self.scan.moved.came(stat.st_size as u64, tree::mtime(stat), here);
         Ok(())
     }
