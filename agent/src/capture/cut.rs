@@ -124,7 +124,7 @@ impl Engine {
             if self.is_cut(&unit) {
                 self.pace.cuts += 1;
                 committed |= self.commit(&unit, 0)?;
-            } else if self.is_overdue(&unit) {
+            } else if self.is_overdue(&unit) && !self.leaves_for_another(&unit) {
                 committed |= self.commit_fuzzy(&unit, boundary)?;
             } else {
                 again = true;
@@ -137,8 +137,8 @@ impl Engine {
     }
 
     fn is_cut(&mut self, unit: &BTreeSet<Group>) -> bool {
-        if self.sets.is_held(unit) {
-            return false; // Joined since.
+        if self.sets.is_held(unit) || self.sets.is_waiting(unit, Instant::now()) {
+            return false; // Joined since; or it was tried a moment ago.
         }
         // A first sync ships what it has seen, but not half a rename: what is below a directory was compared with the rows of its old name.
         let partial = !self.complete && !self.scan.is_done() && !self.sets.has_renames(unit);
@@ -310,6 +310,7 @@ impl Engine {
         let now = Instant::now();
         if self.config.selection.excludes(path.as_bytes(), self.watch.at(&path).is_some()) {
             // Exclusions changed: what the standby has of it goes.
+            self.sets.take_kept(&path);
             self.unreadable.remove(&path);
             self.sets.captured(name, path, Seen::Absent);
             return Ok(0);
@@ -401,6 +402,9 @@ impl Engine {
     fn kept(&mut self, path: &RelPath, mark: &Mark) -> Option<Box<Found>> {
         let found = self.sets.take_kept(path)?;
         let rests = matches!(found.body, Body::Unread | Body::Bytes(_)) && !mark.open && !self.writers.contains_key(path);
+        // What the standby is to know by its name only, it must have.
+        let has = |hash| self.view.has_content(hash).unwrap_or(false);
+        let rests = rests && (found.body != Body::Unread || found.entry.hash().is_none_or(has));
         let stat = self.root.stat(path).ok().flatten()?;
         (rests && found.local == crate::tree::local(&stat) && found.nlink == stat.st_nlink).then_some(found)
     }
@@ -481,7 +485,10 @@ impl Engine {
                     self.mark_again(&path);
                     match seen {
                         // The rows it was compared with were not those; what it is, it is.
-                        Seen::Present(found) if matches!(found.body, Body::Unread | Body::Bytes(_)) => self.sets.keep(path, found),
+                        Seen::Present(found) if matches!(found.body, Body::Unread | Body::Bytes(_)) => {
+                            let group = self.group_of_marked(&path);
+                            self.sets.keep(&group, path, found);
+                        }
                         _ => drop(self.larges.remove(&path)),
                     }
                 }

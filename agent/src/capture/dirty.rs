@@ -234,24 +234,33 @@ impl DirtySets {
     /// Whether a round would find something to look at or to commit.
     #[must_use]
     pub fn has_work(&self, now: Instant) -> bool {
-        // A group cut together with one that waits (for its time, or for the standby to stage an object) waits too: a round would commit nothing, again and again.
-        let waits = |name: &Group| self.groups.get(name).is_some_and(|g| !g.dirty.is_empty() || !g.staging.is_empty());
-        self.groups.iter().any(|(name, g)| {
-            (g.dirty.values().any(|m| m.not_before.is_none_or(|at| at <= now))
-                || (!g.captured.is_empty()
-                    && g.not_before.is_none_or(|at| at <= now)
-                    && !waits(name)
-                    && !self.closure(name).iter().any(waits)))
-                && !self.rests(name)
-        })
+        let due = |g: &GroupState| g.dirty.values().any(|m| m.not_before.is_none_or(|at| at <= now));
+        self.groups
+            .iter()
+            .any(|(name, g)| (due(g) || (self.is_read(name, g) && g.not_before.is_none_or(|at| at <= now))) && !self.rests(name))
     }
 
-    /// When the next path wants to be looked at.
+    /// Whether all there is to do is a cut. A group cut together with one that waits (for its time, or for the standby to stage an object) waits too: a round would commit nothing, again and again.
+    fn is_read(&self, name: &Group, state: &GroupState) -> bool {
+        let waits = |name: &Group| self.groups.get(name).is_some_and(|g| !g.dirty.is_empty() || !g.staging.is_empty());
+        !state.captured.is_empty() && !waits(name) && !self.closure(name).iter().any(waits)
+    }
+
+    /// When the next path wants to be looked at, or the next group to be cut.
     #[must_use]
     pub fn next_look(&self, now: Instant) -> Option<Instant> {
         let groups = self.groups.iter().filter(|(name, _)| !self.rests(name));
-        let looks = |g: &GroupState| g.dirty.values().map(|m| m.not_before.unwrap_or(now)).chain(g.not_before).min();
-        groups.filter_map(|(_, g)| looks(g)).min()
+        let looks = |(name, g): (&Group, &GroupState)| {
+            let cut = g.not_before.filter(|_| self.is_read(name, g));
+            g.dirty.values().map(|m| m.not_before.unwrap_or(now)).chain(cut).min()
+        };
+        groups.filter_map(looks).min()
+    }
+
+    /// Whether one of these groups was just found to be cut only after another.
+    #[must_use]
+    pub fn is_waiting(&self, unit: &BTreeSet<Group>, now: Instant) -> bool {
+        unit.iter().filter_map(|name| self.groups.get(name)).any(|g| g.not_before.is_some_and(|at| at > now))
     }
 
     /// Groups with something to do.
@@ -287,14 +296,16 @@ impl DirtySets {
 
     /// These groups are cut after those others (none: they wait for nobody), and not tried for a moment; two that would wait for each other are cut together.
     pub fn wait_for(&mut self, unit: &BTreeSet<Group>, others: &BTreeSet<Group>, now: Instant) {
-        let (mut seen, mut left) = (BTreeSet::new(), others.iter().cloned().collect::<Vec<_>>());
-        while let Some(group) = left.pop() {
-            if unit.contains(&group) {
-                unit.iter().for_each(|name| others.iter().for_each(|other| self.join(name, other)));
-                break;
-            }
-            if seen.insert(group.clone()) {
-                left.extend(self.waits.get(&group).into_iter().flatten().cloned());
+        for other in others {
+            let (mut seen, mut left) = (BTreeSet::new(), vec![other.clone()]);
+            while let Some(group) = left.pop() {
+                if unit.contains(&group) {
+                    unit.iter().for_each(|name| self.join(name, other));
+                    break;
+                }
+                if seen.insert(group.clone()) {
+                    left.extend(self.waits.get(&group).into_iter().flatten().cloned());
+                }
             }
         }
         for name in unit {
@@ -304,7 +315,8 @@ impl DirtySets {
                 self.waits.insert(name.clone(), others.clone());
             }
             if let Some(state) = self.groups.get_mut(name) {
-                state.not_before = (!others.is_empty()).then(|| now + OTHERS_WAIT);
+                // Each try looks for all that is gone: longer and longer.
+                state.not_before = (!others.is_empty()).then(|| now + OTHERS_WAIT * (1 << state.rounds.min(5)));
             }
         }
     }
@@ -653,14 +665,21 @@ impl DirtySets {
     }
 
     /// Keeps what was observed of a path that is dirty again though no event named it: see [`take_kept`](Self::take_kept).
-    pub fn keep(&mut self, path: RelPath, found: Box<Found>) {
-        self.kept.insert(path, found);
+    pub fn keep(&mut self, group: &[u8], path: RelPath, found: Box<Found>) {
+        if self.is_dirty(group, &path) {
+            self.kept.insert(path, found);
+        }
     }
 
-    /// Whether a look need not read what is there.
+    /// Whether the look that is due need not read what is there.
     #[must_use]
-    pub fn keeps(&self, path: &RelPath, local: Local) -> bool {
-        self.kept.get(path).is_some_and(|found| found.local == local)
+    pub fn keeps(&self, group: &[u8], path: &RelPath, local: Local) -> bool {
+        self.is_dirty(group, path) && self.kept.get(path).is_some_and(|found| found.local == local)
+    }
+
+    /// What was kept because the standby had its bytes is not kept: it may turn out not to have them.
+    pub fn keep_bytes_only(&mut self) {
+        self.kept.retain(|_, found| found.body != twinbox_resync::plan::Body::Unread || found.entry.hash().is_none());
     }
 
     /// Where the row of `path` is, before the renames seen since the last commit.
@@ -733,6 +752,15 @@ impl DirtySets {
             since = [since, state.since].into_iter().flatten().min();
             state.since = state.dirty.values().map(|m| m.since).min();
         }
+        // Who waited for them need not wait.
+        for (name, others) in &self.waits {
+            if !others.is_disjoint(names)
+                && let Some(state) = self.groups.get_mut(name)
+            {
+                state.not_before = None;
+            }
+        }
+        self.waits.retain(|name, _| !names.contains(name));
         // Renames of different groups build on each other: in the order they were seen.
         hints.sort_by_key(|seen| seen.at);
         // The committed renames are in the rows now: what is left starts from there.

@@ -218,11 +218,15 @@ fn a_group_that_is_cut_after_another_is_tried_again_in_a_moment_and_two_that_wai
     sets.wait_for(&group(b"a"), &group(b"b"), now);
     sets.wait_for(&group(b"b"), &group(b"c"), now);
     assert_eq!(sets.closure(b"a").len(), 1, "one after the other");
-    for name in [b"b", b"c"] {
-        sets.commit(&group(name));
-    }
+    sets.commit(&group(b"c"));
+    sets.commit(&group(b"b"));
+    assert!(sets.has_work(now), "b is there: a need not wait");
+    sets.wait_for(&group(b"a"), &group(b"b"), now);
     assert!(!sets.has_work(now) && sets.next_look(now) == Some(now + OTHERS_WAIT), "else the thread would spin");
     assert!(sets.has_work(now + OTHERS_WAIT));
+    sets.group(b"a").staging.insert(p("big"), 1);
+    assert!(!sets.has_work(now + OTHERS_WAIT) && sets.next_look(now).is_none(), "nor while something is sent ahead");
+    sets.group(b"a").staging.clear();
     sets.wait_for(&group(b"a"), &BTreeSet::new(), now);
     assert!(sets.has_work(now));
     sets.wait_for(&group(b"a"), &group(b"b"), now);
@@ -239,4 +243,19 @@ fn a_group_joined_to_one_that_waits_for_its_bulk_object_is_no_work() {
     sets.group(b"b").staging.insert(p("b/big"), 1);
     sets.join(b"a", b"b");
     assert!(!sets.has_work(now), "a round could commit nothing: the thread would spin until the object is staged");
+}
+
+#[test]
+fn what_is_kept_counts_only_while_the_path_is_dirty() {
+    let (mut sets, now) = (DirtySets::default(), Instant::now());
+    let entry = twinbox_protocol::entry::Entry { ..twinbox_resync::manifest::plain_dir() };
+    let local = Local { ino: 1, ctime: Time::default() };
+    let found = || Box::new(Found { entry: entry.clone(), local, nlink: 2, body: twinbox_resync::plan::Body::Unread });
+    sets.keep(b"g", p("g/d"), found());
+    assert!(!sets.keeps(b"g", &p("g/d"), local), "else no comparison would ever find it different");
+    sets.mark(b"g", &p("g/d"), true, true, false, now);
+    sets.keep(b"g", p("g/d"), found());
+    assert!(sets.keeps(b"g", &p("g/d"), local));
+    sets.mark(b"g", &p("g/d"), true, true, false, now);
+    assert!(!sets.keeps(b"g", &p("g/d"), local), "an event named it");
 }

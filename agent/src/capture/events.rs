@@ -266,7 +266,8 @@ impl Engine {
             self.watch.forget(wd);
         }
         self.strayed |= self.fresh.any_within(&half.path);
-        self.fresh.remove_within(&half.path);
+        let root = &self.root;
+        self.fresh.remove_within(&half.path, |path| root.stat(path).is_ok_and(|stat| stat.is_none()));
         if !half.excluded {
             self.mark(&half.path, false, false, false);
             if half.is_dir {

@@ -107,9 +107,9 @@ impl Fresh {
         self.by_look.get(&(size, mtime)).into_iter().flatten().filter(was_it).filter(is_it).cloned().collect()
     }
 
-    /// A name is gone, with all below it.
-    pub(super) fn remove_within(&mut self, dir: &RelPath) {
-        let gone: Vec<RelPath> = self.within(dir).cloned().collect();
+    /// A name is gone, with all below it that is.
+    pub(super) fn remove_within(&mut self, dir: &RelPath, is_gone: impl Fn(&RelPath) -> bool) {
+        let gone: Vec<RelPath> = self.within(dir).filter(|path| is_gone(path)).cloned().collect();
         gone.iter().for_each(|path| self.remove(path));
     }
 }

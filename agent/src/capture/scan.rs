@@ -338,7 +338,7 @@ impl Engine {
     /// What differs from its row is looked at; not what has been, as it is now, and waits for its cut: the folder of many messages is listed each time it is renamed.
     fn mark_unless_seen(&mut self, path: &RelPath, stat: &rfs::Stat, is_dir: bool) {
         let (group, local) = (self.group_of(path, is_dir), tree::local(stat));
-        if self.sets.seen(&group, path) != Pending::Seen(Some(local)) && !self.sets.keeps(path, local) {
+        if self.sets.seen(&group, path) != Pending::Seen(Some(local)) && !self.sets.keeps(&group, path, local) {
             self.mark(path, false, true, false);
         }
     }

@@ -239,6 +239,10 @@ impl Engine {
             self.handle_durable(position.lsn)?;
         }
         let undone = self.view.handle_restart();
+        // New again, under the names they have by now: what went from elsewhere is not gone before they are there.
+        let is_file = |row: &Option<Row>| row.as_ref().is_some_and(|row| row.entry.hash().is_some());
+        let came: Vec<RelPath> =
+            undone.values().flatten().filter(|(_, row)| is_file(row)).map(|(path, _)| self.sets.now_at(path)).collect();
         if !undone.is_empty() {
             self.distrust_renames();
         }
@@ -260,6 +264,9 @@ impl Engine {
             for (path, _) in paths {
                 self.mark(&path, true, true, false);
             }
+        }
+        if self.complete {
+            came.into_iter().for_each(|path| self.fresh.insert(path));
         }
         self.flights.clear();
         if let Ok(mut recent) = self.recent.lock() {
@@ -419,6 +426,7 @@ impl Engine {
         self.bulk.session_ended();
         // Observations may rest on contents the standby turns out not to have. What was read whole, or seen to be gone, is so whatever the standby has, and is kept: under a load that never ends a
         // standby that comes and goes would otherwise be sent nothing but beginnings.
+        self.sets.keep_bytes_only();
         for (path, content) in self.sets.on_the_standby() {
             self.larges.remove(&path);
             self.mark(&path, content, true, false);
