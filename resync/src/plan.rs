@@ -217,13 +217,11 @@ impl Planner<'_> {
             let row = self.view.row(from)?;
             // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
             let unseen = !self.seen.contains_key(to) && row.as_ref().is_some_and(|row| row.entry.is_dir());
-            let needed = unseen || self.found(to).is_some_and(|f| f.entry.is_dir());
             // What it had there would stay, where another directory is by now.
-            let stays = |performed: &[&RelPath]| {
-                let has_rows = performed.iter().any(|other| from.is_within(other)) && self.seen.get(from) != Some(&Seen::Absent);
-                row.as_ref().is_some_and(|row| row.entry.is_dir()) && has_rows
-            };
-            let needed = needed || stays(&performed);
+            let stays = row.as_ref().is_some_and(|row| row.entry.is_dir())
+                && performed.iter().any(|other| from.is_within(other))
+                && self.seen.get(from) != Some(&Seen::Absent);
+            let needed = unseen || stays || self.found(to).is_some_and(|f| f.entry.is_dir());
             let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };
             // What was below a directory that was moved without its rows has none either, whatever has rows there.
             let below_passed = passed.iter().any(|other| from.is_within(other));

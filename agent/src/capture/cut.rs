@@ -199,10 +199,13 @@ impl Engine {
         if !strayed {
             self.fresh.ask(stat);
             gone.retain(|(_, size, mtime)| self.fresh.may_be(*size, *mtime));
+            if gone.is_empty() {
+                return false; // As nearly always.
+            }
         }
         // Renamed within the unit, or there under another name: it is somewhere.
-        let here: HashSet<u64> = if gone.is_empty() { HashSet::new() } else { self.sets.inodes(unit).collect() };
-        let absent: HashSet<&RelPath> = if gone.is_empty() { HashSet::new() } else { self.sets.absent(unit).collect() };
+        let here: HashSet<u64> = self.sets.inodes(unit).collect();
+        let absent: HashSet<&RelPath> = self.sets.absent(unit).collect();
         let is_absent = |path: RelPath| std::iter::successors(Some(path), RelPath::parent).any(|at| absent.contains(&at));
         gone.retain(|(ino, ..)| {
             ino.is_none_or(|ino| {
@@ -225,12 +228,10 @@ impl Engine {
                 found.insert(group);
             }
         }
-        if !found.is_empty() {
-            tracing::debug!(mirror = %self.config.name, unit = unit.len(), others = found.len(), ?gone, "after others: moved by link and unlink");
-        }
         if found.is_empty() {
             return false;
         }
+        tracing::debug!(mirror = %self.config.name, unit = unit.len(), others = found.len(), ?gone, "after others: moved by link and unlink");
         // Cut together, twenty mailboxes that have links of one message would soon be one unit that never rests.
         self.sets.wait_for(unit, &found, Instant::now());
         true
