@@ -21,7 +21,7 @@ use serde_json::Value;
 
 pub use client::{request, status};
 pub use lock::StateLock;
-pub use request::{Fence, Request, Rescued, Resync, Switch};
+pub use request::{Fence, Request, Rescued, Resync, Switch, Verify};
 pub use server::{AdminServer, FenceServer};
 
 use crate::exit::ExitCode;

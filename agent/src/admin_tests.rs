@@ -48,7 +48,7 @@ fn lines() {
     let refused = |line: &[u8]| Request::parse(line).expect_err("no request").to_line();
     assert_eq!(
         refused(b"fence \x1b"),
-        "ERR unknown-command `fence`; this agent knows PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, SWITCHOVER, RESYNC PLAN, RESYNC APPLY, RESCUE RESTORE, RESCUE REDELIVER, FENCE, TXN BEGIN, TXN COMMIT\n"
+        "ERR unknown-command `fence`; this agent knows PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, SWITCHOVER, RESYNC PLAN, RESYNC APPLY, RESCUE RESTORE, RESCUE REDELIVER, VERIFY RUN, VERIFY STOP, FENCE, TXN BEGIN, TXN COMMIT\n"
     );
     assert_eq!(refused(b"STOP now"), "ERR bad-arguments STOP takes none\n");
     for response in [Response::done(), Response::error("a", "b c"), Response::Ok(json!("x\ny"))] {

@@ -80,6 +80,9 @@ pub enum Command {
     /// What gave way to another version, and is kept: list it, give it back
     #[command(after_long_help = help::rescue())]
     Rescue(RescueArgs),
+    /// Does this disk hold what it should? With --repair: put right what it does not
+    #[command(after_long_help = help::verify())]
+    Verify(VerifyArgs),
     /// How well is the mail protected?
     #[command(after_long_help = help::status())]
     Status(StatusArgs),
@@ -410,6 +413,50 @@ pub struct RescuePurge {
     /// For how long it has been kept at least, as in 30d
     #[arg(long, value_name = "TIME", value_parser = crate::duration::parse_duration)]
     pub older_than: Duration,
+}
+
+/// `twinbox verify`
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The configuration file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// Only this mirror; else all, one after the other
+    #[arg(short, long, value_name = "MIRROR")]
+    pub mirror: Option<MirrorName>,
+    /// Put right what differs; what was there is kept in rescue
+    #[arg(long)]
+    pub repair: bool,
+    /// Bytes read a second, as in 500K, 20M or 1G; `max`: as fast as the disk [default: rate_mib of the configuration]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub rate: Option<u64>,
+    /// Begin anew, also where an earlier run was stopped
+    #[arg(long)]
+    pub from_the_beginning: bool,
+    /// Stop the run that is under way; the next one goes on where it was
+    #[arg(long, conflicts_with_all = ["repair", "rate", "from_the_beginning", "json"])]
+    pub stop: bool,
+    /// Print one JSON object (docs/verify.md)
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Bytes a second; 0: no limit.
+fn rate(text: &str) -> Result<u64, String> {
+    let wrong = || "write a number with K, M or G, as in 20M, or `max`".to_owned();
+    if text == "max" {
+        return Ok(0);
+    }
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = (text[..at].parse::<u64>().map_err(|_| wrong())?, &text[at..]);
+    let shift = match unit {
+        "K" | "k" | "KiB" => 10,
+        "M" | "MiB" => 20,
+        "G" | "GiB" => 30,
+        _ => return Err(wrong()),
+    };
+    let bytes = number.checked_mul(1 << shift).filter(|bytes| *bytes > 0);
+    bytes.ok_or_else(|| "at least 1K; `max` for as fast as the disk".into())
 }
 
 /// `twinbox reload`

@@ -61,6 +61,8 @@ pub struct Config {
     pub fence: Option<FenceSocket>,
     /// Programs that are run when roles or protection change.
     pub hooks: Hooks,
+    /// How disks are compared with the manifest.
+    pub verify: Verify,
     /// The trees kept on this node; at least one, names unique.
     pub mirrors: Vec<Mirror>,
     /// The nodes this one talks to, names unique.
@@ -148,6 +150,23 @@ impl Default for Limits {
             *(spec.field)(&mut limits) = spec.default;
         }
         limits
+    }
+}
+
+/// How disks are compared with the manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verify {
+    /// How often, if at all.
+    pub interval: Option<Duration>,
+    /// Put right what differs.
+    pub repair: bool,
+    /// Bytes read a second.
+    pub rate: u64,
+}
+
+impl Default for Verify {
+    fn default() -> Self {
+        Verify { interval: None, repair: false, rate: 32 << 20 }
     }
 }
 

@@ -42,6 +42,11 @@ post_promote = "/etc/twinbox/hooks/mail-server"
 pre_demote = "/etc/twinbox/hooks/mail-server"
 timeout = "2m"
 
+[verify]
+interval = "7d"
+repair = true
+rate_mib = 8
+
 [[peer]] # the other one
 node = "mail2"   # in the cellar
 addresses = ["192.0.2.8:7440"] # rack 2
@@ -75,6 +80,7 @@ fn accepts_everything_documented() {
     assert_eq!((mirror.layout, mirror.role), (Layout::Mdbox, Role::Standby));
     assert_eq!(mirror.sweep_interval, Duration::from_secs(5400));
     assert_eq!(mirror.fuzzy_after, Some(Duration::from_secs(45)));
+    assert_eq!(config.verify, super::Verify { interval: Some(Duration::from_secs(7 * 24 * 3600)), repair: true, rate: 8 << 20 });
     let fence = config.fence.as_ref().unwrap();
     assert_eq!((fence.socket.to_str(), fence.group.as_deref()), (Some("/run/twinbox/fence.sock"), Some("vmail")));
     assert!(mirror.selection().excludes(b"a/b/x.bak", false));

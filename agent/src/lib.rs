@@ -26,3 +26,4 @@ pub mod status;
 pub mod switch;
 pub mod sys;
 pub mod tree;
+pub mod verify;

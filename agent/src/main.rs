@@ -50,6 +50,7 @@ async fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Switchover(args) => cmd::switch::run(&args, Request::Switchover, quiet).await,
         Command::Rescue(args) => cmd::rescue::run(&args, quiet).await,
         Command::Resync(args) => cmd::resync::run(&args, quiet).await,
+        Command::Verify(args) => cmd::verify::run(&args, quiet).await,
         Command::Demote(args) => cmd::switch::run(&args, Request::Demote, quiet).await,
         Command::Reload(args) => cmd::status::reload(&args, quiet).await,
         Command::Status(args) => cmd::status::run(&args).await,

@@ -216,6 +216,21 @@ struct Returning {
     progress: ReturnProgress,
 }
 
+/// What runs of a mirror.
+pub(crate) enum Running {
+    /// Its primary.
+    Primary {
+        /// Speaks to its capture.
+        capture: CaptureHandle,
+        /// The mirror.
+        mirror_id: MirrorId,
+        /// The way to the standby.
+        paths: Option<Arc<Paths>>,
+    },
+    /// Its standby.
+    Standby(StandbyHandle),
+}
+
 /// How far a resync is; `None` while there is none.
 pub type ReturnProgress = Arc<Mutex<Option<SyncProgress>>>;
 
@@ -433,6 +448,18 @@ impl Roles {
         self.returning.iter().find(|returning| returning.spec.name == mirror).map(|returning| returning.progress.clone())
     }
 
+    /// What runs of a mirror; `None`: this node comes back to it.
+    #[must_use]
+    pub(crate) fn running(&self, mirror: &str) -> Option<Running> {
+        let primary = self.primaries.iter().find(|p| p.spec.name == mirror).map(|p| Running::Primary {
+            capture: p.capture.handle(),
+            mirror_id: p.history.mirror_id,
+            paths: p.paths.first().cloned(),
+        });
+        let standby = || self.replicas.iter().find(|r| r.spec.name == mirror).map(|r| Running::Standby(r.served.handle.clone()));
+        primary.or_else(standby)
+    }
+
     /// The standbys, by mirror.
     #[must_use]
     pub fn standbys(&self) -> Vec<(String, StandbyHandle)> {
@@ -541,6 +568,7 @@ impl MirrorStatus {
             sync: None,
             last_error: Some(LastError { at: now, message }),
             unprotected_since: None,
+            verify: None,
         }
     }
 }
@@ -619,6 +647,7 @@ fn primary_status(primary: &Primary) -> MirrorStatus {
         },
         stalled: stall.map(stalled),
         warnings: now.warnings.clone(),
+        verify: None,
     }
 }
 
@@ -687,6 +716,7 @@ fn replica_status(replica: &Replica, state_dir: &std::path::Path) -> MirrorStatu
         unprotected_since: None,
         stalled: silent.map(|lasts| Stalled { stage: Stage::Link.as_str().into(), for_ms: lasts.as_millis() as u64 }),
         warnings: vec![],
+        verify: None,
     }
 }
 

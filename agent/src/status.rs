@@ -102,6 +102,9 @@ pub struct MirrorStatus {
     /// What the file system here cannot do for the mirror, one sentence each. Empty on ext4, XFS, btrfs and tmpfs.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// The last comparison of this node's disk with the manifest, or the one under way.
+    #[serde(default)]
+    pub verify: Option<crate::verify::VerifyStatus>,
 }
 
 /// A stage of the pipeline that does not move.

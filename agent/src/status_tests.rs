@@ -7,6 +7,7 @@ use super::{
     Unreadable, Watches, render_status,
 };
 use crate::config::Role;
+use crate::verify::VerifyStatus;
 
 fn calm() -> Status {
     Status {
@@ -47,6 +48,7 @@ fn calm() -> Status {
             unprotected_since: None,
             stalled: None,
             warnings: vec![],
+            verify: None,
         }],
     }
 }
@@ -67,6 +69,27 @@ mail · primary · PROTECTED
              192.0.2.8:7440 up, round trip 0.4 ms
 ";
     assert_eq!(render_status(&calm()), expected);
+}
+
+#[test]
+fn verify_in_one_line() {
+    let line = |running, ended: Option<&str>, paths, differences, left, eta_s| {
+        let mut status = calm();
+        let ended = ended.map(str::to_owned);
+        let verify = VerifyStatus { running, began: String::new(), ended, paths, total: 1000, bytes: 1, differences, left, busy: 0, eta_s };
+        status.mirrors[0].verify = Some(verify);
+        let text = render_status(&status);
+        text.lines().find(|line| line.contains("verify  ")).expect("a line").to_owned()
+    };
+    let end = Some("2026-11-30T03:00:00Z");
+    assert_eq!(line(true, None, 250, 0, 0, Some(90)), "  verify   250 of 1000 paths, about 1 min 30 s left: no differences");
+    assert_eq!(line(false, None, 250, 0, 0, None), "  verify   stopped after 250 of 1000 paths: no differences");
+    assert_eq!(line(false, end, 1003, 0, 0, None), "  verify   1003 paths, through at 2026-11-30T03:00:00Z: no differences");
+    assert_eq!(line(false, end, 1003, 2, 0, None), "  verify   1003 paths, through at 2026-11-30T03:00:00Z: 2 differences put right");
+    assert_eq!(
+        line(false, end, 1003, 2, 1, None),
+        "! verify   1003 paths, through at 2026-11-30T03:00:00Z: 1 difference left: `twinbox verify --repair`"
+    );
 }
 
 #[test]
@@ -176,6 +199,7 @@ fn the_json_shape_is_an_interface() {
             "totals",
             "unprotected_since",
             "unreadable",
+            "verify",
             "warnings",
             "watches",
         ]

@@ -23,4 +23,6 @@ pub mod rejoin;
 /// - 1: first version.
 /// - 2: histories travel with the hello.
 /// - 3: a node that was primary asks the one promoted after it ([`rejoin`]).
-pub const PROTOCOL_VERSION: u32 = 4;
+/// - 4: messages in the mail server's own formats are merged by its program.
+/// - 5: either node asks the other for a content that `verify` has found damaged (`Borrow`, `Want`).
+pub const PROTOCOL_VERSION: u32 = 5;

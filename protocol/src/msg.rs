@@ -1,7 +1,7 @@
 //! Messages of the control stream. One control stream a mirror; the primary dials.
 //!
 //! Order: `Hello` → `Welcome` or `Refuse`; then, as the comparison of both says, `Pull` → `Rows`…; then `Begin`, after which log and
-//! bulk streams are open. A primary that lost power says `Fetch` → `Names` if there are more → `Piece`… → `Fetched` or `NotHere` instead of `Begin`, as often as it needs. `Heartbeat`s go both ways at any time after `Welcome`.
+//! bulk streams are open. A stream that begins with `Borrow` carries nothing but `Fetch` and its answers. A primary that lost power says `Fetch` → `Names` if there are more → `Piece`… → `Fetched` or `NotHere` instead of `Begin`, as often as it needs. `Heartbeat`s go both ways at any time after `Welcome`.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -199,6 +199,18 @@ pub enum ToStandby {
         /// The history both follow.
         generation: Generation,
     },
+    /// Instead of `Hello`: contents are to be given back (`Fetch`), beside the session; `verify` has found them damaged here.
+    Borrow {
+        /// Which mirror, by name.
+        mirror: String,
+        /// Which mirror, by id.
+        mirror_id: MirrorId,
+    },
+    /// The content asked for by [`ToPrimary::Want`] is not here, or not any more.
+    Lacks {
+        /// Its name.
+        hash: ContentHash,
+    },
 }
 
 /// From the standby.
@@ -296,6 +308,13 @@ pub enum ToPrimary {
     Changed(Box<Changes>),
     /// Answer to [`ToStandby::Merge`].
     Merged(Merged),
+    /// The replica's file is not what its row says: send its content on a bulk stream, or say `Lacks`. Nothing waits for it.
+    Want {
+        /// A path that has it.
+        path: RelPath,
+        /// Its name.
+        hash: ContentHash,
+    },
 }
 
 /// First frame on a unidirectional stream opened by the primary.

@@ -1,4 +1,4 @@
-//! The primary's side of the log: numbers transactions, chains them, and remembers which are not yet durable.
+//! The primary's side of the log: numbers transactions, chains them, and keeps those that are not yet durable, to be sent again where a session ends before they are.
 //!
 //! Sans-I/O. Invariants: an LSN leaves [`Outbox::seal`] only below the ceiling given by [`Outbox::handle_reserved`], which the caller raises after the new
 //! ceiling is on disk, so that no LSN is ever issued twice; acknowledgements only move forward.
@@ -40,7 +40,7 @@ impl Chain {
 }
 
 /// A transaction that is on its way.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct InFlight {
     /// Its position.
     pub position: Position,
@@ -50,6 +50,8 @@ pub struct InFlight {
     pub digest: Digest,
     /// When its cut was taken.
     pub captured_ns: i64,
+    /// Bodies of its frames.
+    pub frames: Vec<Vec<u8>>,
 }
 
 /// Why an acknowledgement makes no sense.
@@ -63,6 +65,7 @@ pub struct BadAck {
 /// See the module's text.
 pub struct Outbox {
     last: Position,
+    durable: Position,
     next: Lsn,
     ceiling: Lsn,
     in_flight: VecDeque<InFlight>,
@@ -74,7 +77,7 @@ impl Outbox {
     #[must_use]
     pub fn new(last: Position, used: Lsn) -> Self {
         let next = last.lsn.max(used).next();
-        Outbox { last, next, ceiling: Lsn(next.0 - 1), in_flight: VecDeque::new(), bytes: 0 }
+        Outbox { last, durable: last, next, ceiling: Lsn(next.0 - 1), in_flight: VecDeque::new(), bytes: 0 }
     }
 
     /// Every LSN up to `ceiling` is reserved on disk.
@@ -98,6 +101,12 @@ impl Outbox {
     #[must_use]
     pub fn last(&self) -> Position {
         self.last
+    }
+
+    /// The newest position that is durable on the standby: what is in flight goes on from it.
+    #[must_use]
+    pub fn durable(&self) -> Position {
+        self.durable
     }
 
     /// Bytes not yet durable on the standby.
@@ -143,7 +152,7 @@ impl Outbox {
         self.last = Position { lsn, chain: chain.finish() };
         let bytes = frames.iter().map(Vec::len).sum();
         self.bytes += bytes;
-        self.in_flight.push_back(InFlight { position: self.last, bytes, digest, captured_ns });
+        self.in_flight.push_back(InFlight { position: self.last, bytes, digest, captured_ns, frames: frames.clone() });
         Some((lsn, frames))
     }
 
@@ -160,10 +169,13 @@ impl Outbox {
             self.bytes -= first.bytes;
             newest = self.in_flight.pop_front();
         }
+        if let Some(newest) = &newest {
+            self.durable = newest.position;
+        }
         Ok(newest)
     }
 
-    /// The session ended and the next goes on from `from`: whatever is not durable is forgotten (its paths are dirty again).
+    /// The session ended and the next does not go on from what was durable, but from `from`: whatever is not durable is forgotten (its paths are dirty again).
     /// LSNs issued since stay used: numbering goes on above them.
     pub fn handle_restart(&mut self, from: Position) {
         self.next = self.next.max(from.lsn.next());
@@ -171,6 +183,7 @@ impl Outbox {
         self.in_flight.clear();
         self.bytes = 0;
         self.last = from;
+        self.durable = from;
     }
 }
 
@@ -215,6 +228,12 @@ mod tests {
             outbox.seal(ops(1), 0, Digest::default(), 0).unwrap();
         }
         assert_eq!(outbox.handle_durable(Lsn(2)).unwrap().unwrap().position.lsn, Lsn(2));
+        // What is left goes on from there, as it was sent.
+        let left = outbox.in_flight().next().unwrap();
+        assert_eq!((outbox.durable().lsn, codec::decode_log(&left.frames[0]).unwrap().prev), (Lsn(2), Lsn(2)));
+        let mut chain = Chain::after(outbox.durable().chain);
+        left.frames.iter().for_each(|body| chain.update(body));
+        assert_eq!(chain.finish(), left.position.chain);
         assert_eq!(outbox.handle_durable(Lsn(1)), Ok(None));
         assert_eq!(outbox.in_flight().len(), 1);
         assert_eq!(outbox.handle_durable(Lsn(7)), Err(BadAck { lsn: Lsn(7) }));

@@ -9,6 +9,9 @@
 //! Does not decide when to commit: the owner wraps changes in [`Manifest::begin`] and [`Manifest::commit`].
 
 mod power;
+mod reader;
+
+pub use reader::Reader;
 
 use std::path::{Path, PathBuf};
 

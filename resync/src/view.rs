@@ -153,6 +153,12 @@ impl View {
         Ok(out)
     }
 
+    /// Whether a change of this path is on its way to the standby.
+    #[must_use]
+    pub fn is_in_flight(&self, path: &RelPath) -> bool {
+        self.overlay.contains_key(path)
+    }
+
     /// Paths whose file has this inode number, as far as known.
     ///
     /// # Errors

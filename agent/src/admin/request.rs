@@ -69,6 +69,19 @@ pub struct Rescued {
     pub redeliver: bool,
 }
 
+/// A comparison of this node's disk with the manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Verify {
+    /// Which mirror; `None`: the only one there is.
+    pub mirror: Option<String>,
+    /// Repair what differs.
+    pub repair: bool,
+    /// Bytes read a second; 0: as fast as the disk; `None`: as the configuration says.
+    pub rate: Option<u64>,
+    /// From the beginning, also when an earlier one was cut short.
+    pub anew: bool,
+}
+
 /// What can be asked of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -91,6 +104,13 @@ pub enum Request {
     Resync(Resync),
     /// Give something back that is kept in rescue.
     Rescue(Rescued),
+    /// Compare disk and manifest. Answers a [`crate::verify::Record`] when it is through, or was stopped.
+    Verify(Verify),
+    /// Stop the comparison that is under way; the next goes on where it was.
+    VerifyStop {
+        /// Which mirror; `None`: the only one there is.
+        mirror: Option<String>,
+    },
     /// Say when everything changed by now is durable on the standby.
     Fence(Fence),
     /// Do not cut the group of this path until its transaction is committed.
@@ -111,7 +131,7 @@ pub enum Request {
     },
 }
 
-const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, SWITCHOVER, RESYNC PLAN, RESYNC APPLY, RESCUE RESTORE, RESCUE REDELIVER, FENCE, TXN BEGIN, TXN COMMIT";
+const KNOWN: &str = "PING, STATUS, RELOAD, STOP, PROMOTE, DEMOTE, SWITCHOVER, RESYNC PLAN, RESYNC APPLY, RESCUE RESTORE, RESCUE REDELIVER, VERIFY RUN, VERIFY STOP, FENCE, TXN BEGIN, TXN COMMIT";
 
 impl Request {
     /// The request line, without newline.
@@ -147,6 +167,15 @@ impl Request {
             }
             Request::Rescue(Rescued { entry, redeliver }) => {
                 format!("RESCUE {} entry={}", if *redeliver { "REDELIVER" } else { "RESTORE" }, encode(entry.as_bytes()))
+            }
+            Request::Verify(Verify { mirror, repair, rate, anew }) => {
+                let mirror = mirror.as_ref().map_or(String::new(), |mirror| format!(" mirror={}", encode(mirror.as_bytes())));
+                let rate = rate.map_or(String::new(), |rate| format!(" rate={rate}"));
+                let yes = |word, is| if is { format!(" {word}=yes") } else { String::new() };
+                format!("VERIFY RUN{mirror}{rate}{}{}", yes("repair", *repair), yes("anew", *anew))
+            }
+            Request::VerifyStop { mirror } => {
+                format!("VERIFY STOP{}", mirror.as_ref().map_or(String::new(), |mirror| format!(" mirror={}", encode(mirror.as_bytes()))))
             }
             Request::Ping => "PING".into(),
             Request::Status => "STATUS".into(),
@@ -196,6 +225,20 @@ impl Request {
                 let entry = entry.to_string_lossy().into_owned();
                 words.end().map(|()| Request::Rescue(Rescued { entry, redeliver: what == b"REDELIVER" }))
             }
+            (b"VERIFY", Some(what @ (b"RUN" | b"STOP"))) => {
+                let mut words = Words::read("VERIFY", &rest[1..])?;
+                let mirror = words.one("mirror")?.map(|name| name.to_string_lossy().into_owned());
+                if what == b"STOP" {
+                    return words.end().map(|()| Request::VerifyStop { mirror });
+                }
+                let rate = match words.one("rate")? {
+                    None => None,
+                    Some(text) => Some(text.to_str().and_then(|t| t.parse().ok()).ok_or_else(|| words.bad("rate is a number of bytes"))?),
+                };
+                let (repair, anew) = (words.choice("repair", &["no", "yes"])? == 1, words.choice("anew", &["no", "yes"])? == 1);
+                words.end().map(|()| Request::Verify(Verify { mirror, repair, rate, anew }))
+            }
+            (b"VERIFY", _) => Err(Response::error("bad-arguments", "VERIFY is followed by RUN or STOP")),
             (b"RESCUE", _) => Err(Response::error("bad-arguments", "RESCUE is followed by RESTORE or REDELIVER")),
             (b"RESYNC", _) => Err(Response::error("bad-arguments", "RESYNC is followed by PLAN or APPLY")),
             (b"FENCE", _) => {
@@ -379,6 +422,10 @@ mod tests {
             Request::Rescue(Rescued { entry: "mail/1-drift/anna/a%b".into(), redeliver: false }),
             Request::Resync(Resync { mirror: None, apply: false, winner: None, rescue: false }),
             Request::Resync(Resync { mirror: Some("mail".into()), apply: true, winner: Some("beta".into()), rescue: true }),
+            Request::Verify(Verify::default()),
+            Request::Verify(Verify { mirror: Some("ma il".into()), repair: true, rate: Some(1 << 20), anew: true }),
+            Request::VerifyStop { mirror: None },
+            Request::VerifyStop { mirror: Some("mail".into()) },
             Request::Fence(Fence::default()),
             Request::Fence(fence),
             Request::TxnBegin { path, timeout: Duration::from_secs(7) },
@@ -410,6 +457,8 @@ mod tests {
             ("FENCE colour=red", "bad-arguments: FENCE: `colour` is not known"),
             ("RESYNC", "bad-arguments: RESYNC is followed by PLAN or APPLY"),
             ("RESYNC PLAN policy=merry", "bad-arguments: RESYNC: policy is one of merge, rescue"),
+            ("VERIFY", "bad-arguments: VERIFY is followed by RUN or STOP"),
+            ("VERIFY RUN rate=fast", "bad-arguments: VERIFY: rate is a number of bytes"),
             ("TXN", "bad-arguments: TXN is followed by BEGIN or COMMIT"),
             ("TXN BEGIN", "bad-arguments: TXN BEGIN: path=PATH is missing"),
             ("TXN COMMIT txn=-1", "bad-arguments: TXN COMMIT: txn is a number"),

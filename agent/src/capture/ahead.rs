@@ -58,11 +58,25 @@ struct Ahead {
     large: Option<Large>,
 }
 
+/// Contents sent at once for the standby's `verify`, which asks for one at a time.
+const WANTED_MAX: usize = 16;
+
 /// A content the standby asked for: answered when it was read here and has arrived there, in whatever order we hear of it.
 struct Miss {
     hash: ContentHash,
+    /// The log waits for it.
+    urgent: bool,
     read: bool,
     arrived: bool,
+    /// Other bytes were sent, which nobody wants.
+    stray: bool,
+}
+
+impl Miss {
+    /// What is said when it cannot be sent.
+    fn no(&self) -> ToLink {
+        if self.urgent { ToLink::Gone(self.hash) } else { ToLink::Lacks(self.hash) }
+    }
 }
 
 /// See the module's text.
@@ -134,11 +148,19 @@ impl Bulk {
     pub(super) fn session_ended(&mut self) {
         self.queues.iter_mut().for_each(VecDeque::clear);
         self.open.clear();
-        self.ahead.clear();
-        self.named.clear();
         self.awaiting.clear();
         self.early.clear();
         self.misses.clear();
+    }
+
+    /// No txn that is in flight names anything any more.
+    pub(super) fn forget_named(&mut self) {
+        self.named.clear();
+    }
+
+    /// What was staged before may not be there.
+    pub(super) fn forget_ahead(&mut self) {
+        self.ahead.clear();
     }
 
     fn next_id(&mut self) -> JobId {
@@ -230,12 +252,27 @@ impl Engine {
         if !counts {
         } else if let Some(mut miss) = self.bulk.misses.remove(&id) {
             let sent = match &outcome {
-                Outcome::Read { seen: Seen::Present(found), staged: true, .. } => found.entry.hash() == Some(miss.hash),
-                _ => false,
+                Outcome::Read { seen: Seen::Present(found), staged: true, .. } => found.entry.hash(),
+                _ => None,
             };
-            if let (false, Some(session)) = (sent, &self.session) {
-                let _ = session.out.send(ToLink::Gone(miss.hash));
-            } else if !miss.arrived {
+            if let (true, Some(session)) = (sent != Some(miss.hash), &self.session) {
+                let _ = session.out.send(miss.no());
+                self.doubt |= miss.urgent;
+                // The word that was taken for the answer was of another job of the same content.
+                let taken = std::mem::take(&mut miss.arrived).then_some(miss.hash);
+                // The file has other bytes: they are on their way, and the standby will say that they came.
+                if let Some(other) = sent {
+                    (miss.hash, miss.stray) = (other, true);
+                    miss.arrived = pop(&mut self.bulk.early, other).is_some();
+                    if miss.arrived {
+                        self.unstage(other);
+                    }
+                }
+                if let Some(taken) = taken {
+                    self.came(taken)?;
+                }
+            }
+            if sent.is_some() && !miss.arrived {
                 miss.read = true;
                 self.bulk.misses.insert(id, miss);
             }
@@ -373,13 +410,26 @@ impl Engine {
         let asked = self.bulk.misses.values_mut().find(|miss| miss.hash == hash && !miss.arrived);
         if let Some(miss) = asked {
             miss.arrived = true;
+            let stray = miss.stray;
             self.bulk.misses.retain(|_, miss| !(miss.read && miss.arrived));
-        } else if let Some(awaiting) = pop(&mut self.bulk.awaiting, hash) {
-            self.arrived(awaiting)?;
+            if stray {
+                self.unstage(hash);
+            }
         } else {
-            self.bulk.early.entry(hash).or_default().push_back(true);
+            self.came(hash)?;
         }
         self.dispatch()
+    }
+
+    /// An object that a txn is to name is staged there.
+    fn came(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
+        match pop(&mut self.bulk.awaiting, hash) {
+            Some(awaiting) => self.arrived(awaiting),
+            None => {
+                self.bulk.early.entry(hash).or_default().push_back(true);
+                Ok(())
+            }
+        }
     }
 
     /// The standby cannot put an object together: what it should copy from is not there.
@@ -408,11 +458,27 @@ impl Engine {
 
     /// The standby cannot find a content we took for known: send it whole, if we still have it.
     pub(super) fn miss(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
+        self.send_again(hash, None)
+    }
+
+    /// The standby's file at `path` is damaged: send its content, if this is still what is here.
+    pub(super) fn want(&mut self, path: RelPath, hash: ContentHash) -> Result<(), CaptureError> {
+        self.send_again(hash, Some(path))
+    }
+
+    /// Sends a content that the standby has or had: of `wanted`, where nothing waits for it.
+    fn send_again(&mut self, hash: ContentHash, wanted: Option<RelPath>) -> Result<(), CaptureError> {
         self.heard();
         let Some(session) = &self.session else { return Ok(()) };
+        let miss = Miss { hash, urgent: wanted.is_none(), read: false, arrived: false, stray: false };
+        if !miss.urgent && self.bulk.misses.len() >= WANTED_MAX {
+            let _ = session.out.send(miss.no());
+            return Ok(());
+        }
         let mut found = None;
-        for path in self.view.paths_with(hash)? {
-            let row = self.view.row(&path)?;
+        // Contents of a few bytes are found by their path only.
+        for path in wanted.into_iter().chain(self.view.paths_with(hash)?) {
+            let row = self.view.row(&path)?.filter(|row| row.entry.hash() == Some(hash));
             let here = self.root.stat(&path).ok().flatten();
             if let (Some(local), Some(stat)) = (row.and_then(|row| row.local), here)
                 && crate::tree::local(&stat).ino == local.ino
@@ -422,12 +488,17 @@ impl Engine {
             }
         }
         let Some(path) = found else {
-            let _ = session.out.send(ToLink::Gone(hash));
+            let _ = session.out.send(miss.no());
+            self.doubt |= miss.urgent;
             return Ok(());
         };
-        let id = self.bulk.next_id();
-        self.bulk.misses.insert(id, Miss { hash, read: false, arrived: false });
-        self.bulk.queues[0].push_front(Wanted { id, path, whole: true }); // The log waits for it.
+        let (id, wanted) = (self.bulk.next_id(), Wanted { id: self.bulk.last_id(), path, whole: true });
+        if miss.urgent {
+            self.bulk.queues[0].push_front(wanted);
+        } else {
+            self.bulk.queues[1].push_back(wanted);
+        }
+        self.bulk.misses.insert(id, miss);
         self.dispatch()
     }
 }

@@ -26,6 +26,8 @@ const ROUND_FILES: usize = 512;
 const ROUND_BYTES: usize = 8 * 1024 * 1024;
 /// A group that holds more than this sends the rest of its content ahead on bulk streams.
 const GROUP_BYTES: usize = 32 * 1024 * 1024;
+/// The same when all groups together hold so many windows.
+const WINDOWS_HELD: usize = 2;
 /// A file somebody is writing is left alone until it was quiet for this long,
 const SETTLE: Duration = Duration::from_millis(4);
 /// but not longer than this.
@@ -81,6 +83,7 @@ impl Engine {
         let mut groups: Vec<(Option<Instant>, Group)> = self.sets.groups().map(|(name, g)| (g.since, name.clone())).collect();
         groups.sort();
         self.sets.start_round();
+        self.held_bytes = self.sets.held_bytes();
         let (mut files, mut bytes, mut taken) = (0, 0, BTreeSet::new());
         let mut parents = BTreeSet::new();
         let mut units: Vec<BTreeSet<Group>> = vec![];
@@ -358,11 +361,12 @@ impl Engine {
             Look::Seen(seen, large) => {
                 self.unreadable.remove(&path);
                 let read = super::dirty::weight(&seen);
+                let full = self.held_bytes + read > WINDOWS_HELD * self.config.window_bytes;
                 if let Seen::Present(found) = &seen {
                     self.note_in_place(found, row.as_ref())?;
                     self.other_names(name, &path, found, row.as_ref())?;
                     if matches!(found.body, Body::Bytes(_) | Body::Recipe(_))
-                        && self.sets.group(name).bytes > GROUP_BYTES
+                        && (self.sets.group(name).bytes > GROUP_BYTES || full)
                         && (self.complete || self.scan.is_done() || self.sets.group(name).frozen > 0)
                     {
                         let size = found.entry.size();
@@ -374,6 +378,7 @@ impl Engine {
                     None => self.larges.remove(&path),
                 };
                 self.sets.captured(name, path, seen);
+                self.held_bytes += read;
                 Ok(read)
             }
             Look::Unstable { writer } => {

@@ -418,22 +418,33 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.captured.keys().chain(g.staging.keys())).cloned().collect()
     }
 
-    /// Of these, such as were compared with what the standby has (or is to be sent), and whether their bytes were to be sent.
+    /// Paths that are being read.
     #[must_use]
-    pub fn on_the_standby(&self) -> Vec<(RelPath, bool)> {
+    pub fn staging(&self) -> Vec<RelPath> {
+        self.groups.values().flat_map(|g| g.staging.keys()).cloned().collect()
+    }
+
+    /// Of those that are seen, such as were compared with what the standby has (or is to be sent), and whether their bytes were to be sent. `same`: it goes on from where it was, with what it had staged:
+    /// then only what is to be changed in place of a content staged before, and what could not be read.
+    #[must_use]
+    pub fn on_the_standby(&self, same: bool) -> Vec<(RelPath, bool)> {
         use twinbox_resync::plan::Body;
         let rests = |(path, seen): (&RelPath, &Seen)| match seen {
-            Seen::Present(found) if found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_)) => {
+            Seen::Present(found) if matches!(found.body, Body::Patch { ahead: Some(_), .. }) => Some((path.clone(), true)),
+            Seen::Present(found) if !same && found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_)) => {
                 Some((path.clone(), found.body != Body::Unread))
             }
             Seen::Absent | Seen::Present(_) => None,
             Seen::Skip => Some((path.clone(), true)),
         };
-        let of = |g: &GroupState| {
-            let staging = g.staging.keys().map(|path| (path.clone(), true));
-            g.captured.iter().filter_map(rests).chain(staging).collect::<Vec<_>>()
-        };
-        self.groups.values().flat_map(of).collect()
+        self.groups.values().flat_map(|g| g.captured.iter().filter_map(rests)).collect()
+    }
+
+    /// Bytes that observations hold in memory.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        let kept = self.kept.values().map(|found| body_weight(found)).sum::<usize>();
+        kept + self.groups.values().map(|g| g.bytes).sum::<usize>()
     }
 
     /// Files of these groups that were seen and have more than one name.
@@ -809,9 +820,12 @@ impl DirtySets {
 /// Bytes an observation holds in memory.
 #[must_use]
 pub fn weight(seen: &Seen) -> usize {
+    if let Seen::Present(found) = seen { body_weight(found) } else { 64 }
+}
+
+fn body_weight(found: &Found) -> usize {
     use twinbox_protocol::ops::Seg;
     use twinbox_resync::plan::Body;
-    let Seen::Present(found) = seen else { return 64 };
     256 + match &found.body {
         Body::Bytes(bytes) => bytes.len(),
         Body::Recipe(segs) => segs.iter().map(|s| if let Seg::Data(d) = s { d.len() } else { 48 }).sum(),

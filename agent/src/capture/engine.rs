@@ -242,6 +242,12 @@ pub(super) struct Engine {
     pub(super) pull: Option<super::session::Pull>,
     /// The standby has come back with what it had alone, and is at no cut until everything that was dirty at this round is through.
     pub(super) comes_back: Option<u64>,
+    /// Sessions that ended with something in flight of which nothing had become durable.
+    pub(super) fruitless: u32,
+    /// Something that was observed could not be sent after all: what rests on the standby is looked at again.
+    pub(super) doubt: bool,
+    /// Bytes of observations held when the round began, and read since.
+    pub(super) held_bytes: usize,
     events: Vec<Event>,
     receiver: Receiver<Command>,
     wake: Arc<OwnedFd>,
@@ -364,6 +370,9 @@ impl Engine {
             summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), warnings: proofs.warnings, ..CaptureStatus::default() },
             pull: None,
             comes_back: None,
+            fruitless: 0,
+            doubt: false,
+            held_bytes: 0,
             events: vec![],
             receiver,
             wake,

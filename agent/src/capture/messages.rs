@@ -19,6 +19,7 @@ use twinbox_protocol::path::RelPath;
 use super::bulk::BulkResult;
 use super::fence::{Begun, FenceRequest, NoTxn};
 use super::pulse::{Pulse, Stall, stall};
+use super::verify::Known;
 
 /// What the link does next, after the capture compared memories.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -41,6 +42,8 @@ pub enum ToLink {
     Txn(Vec<Vec<u8>>),
     /// The content asked for is gone.
     Gone(ContentHash),
+    /// The content that `verify` wants is not here.
+    Lacks(ContentHash),
     /// A staged object no txn will name.
     Unstage(ContentHash),
     /// Everything up to here is in the primary's own manifest.
@@ -88,6 +91,14 @@ pub enum Command {
     Staged(ContentHash),
     /// From the standby.
     Miss(ContentHash),
+    /// The standby's `verify` wants the content of a path.
+    Want(RelPath, ContentHash),
+    /// What is known of some paths, for `verify`.
+    Known(Vec<RelPath>, oneshot::Sender<Option<Vec<Known>>>),
+    /// Paths whose file has this inode number.
+    NamesOf(u64, oneshot::Sender<Vec<RelPath>>),
+    /// Changes of these paths were missed: look at them.
+    Recheck(Vec<RelPath>),
     /// The standby could not put a bulk object together.
     Incomplete(ContentHash),
     /// A heartbeat came back.

@@ -3,7 +3,7 @@
 //! One thread owns everything here (`engine`); `watch` is the kernel's queue and the directory tree, `dirty` what may differ (`origins`: where the rows of what was renamed are), `look` one stable look at one path,
 //! `proofs` what may be believed of the file system, `scan` compares listings with the manifest, `cut` takes rounds and commits, `session` follows the standby, `fence` answers those who wait, `ahead` has large files read by threads of their own (`bulk`) and sent before their txns; `pulse` says
 //! what the thread is doing to those who watch it,
-//! `durable` keeps what of it all this machine's own disk has.
+//! `durable` keeps what of it all this machine's own disk has; `verify` says what is known of a path.
 
 mod ahead;
 pub mod bulk;
@@ -24,6 +24,7 @@ pub mod pulse;
 pub mod recent;
 mod scan;
 mod session;
+pub mod verify;
 pub mod watch;
 
 pub use engine::{Capture, CaptureConfig, CaptureError};

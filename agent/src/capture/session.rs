@@ -1,6 +1,6 @@
 //! Following the standby: comparing memories, pulling rows, and what the end of a session means.
 //!
-//! Invariant: what was in flight when a session ended is either found durable by the next hello, or dirty again.
+//! Invariant: what was in flight when a session ended is found durable by the next hello, or sent again as it was; where the standby does not go on from where it was (or could not take it), it is dirty again.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
@@ -30,7 +30,12 @@ pub(super) struct Session {
     pub(super) bulk: mpsc::Sender<BulkMessage>,
     /// Last word of the standby.
     pub(super) heard: Instant,
+    /// What was durable when it began.
+    durable: Lsn,
 }
+
+/// Sessions that end one after the other with nothing durable of what was sent: then what is sent is looked at again.
+const FRUITLESS_MAX: u32 = 3;
 
 /// Rows being pulled.
 pub(super) struct Pull {
@@ -115,11 +120,16 @@ impl Engine {
             Command::Up { id, out, bulk, peer } => {
                 tracing::info!(mirror = %self.config.name, peer, lsn = %self.outbox.last().lsn, "standby connected");
                 self.accept()?;
-                self.session = Some(Session { id, old_jobs: self.bulk.last_id(), out, bulk, heard: Instant::now() });
+                let durable = self.outbox.durable().lsn;
+                // As they were: what is in them refers to nothing that the standby does not have or get with them.
+                for txn in self.outbox.in_flight() {
+                    let _ = out.send(ToLink::Txn(txn.frames.clone())); // A closed queue means the session is ending.
+                }
+                self.session = Some(Session { id, old_jobs: self.bulk.last_id(), out, bulk, heard: Instant::now(), durable });
                 self.collapsed = false;
                 // The standby applied all it had before it answered our hello.
-                self.applied = self.applied.max(self.outbox.last().lsn);
-                self.durable = self.outbox.last().lsn;
+                self.applied = self.applied.max(durable);
+                self.durable = durable;
                 (self.acknowledged_at, self.applied_at) = (Instant::now(), Instant::now());
                 // The next turn sends a canary: the first proof of this session.
                 self.shipped_at = self.acknowledged_at.checked_sub(CANARY_EVERY).unwrap_or(self.acknowledged_at);
@@ -142,6 +152,14 @@ impl Engine {
             }
             Command::Staged(hash) => self.staged(hash)?,
             Command::Miss(hash) => self.miss(hash)?,
+            Command::Want(path, hash) => self.want(path, hash)?,
+            Command::Known(paths, reply) => {
+                let _ = reply.send(self.known(&paths)?);
+            }
+            Command::NamesOf(ino, reply) => {
+                let _ = reply.send(self.view.by_ino(ino)?);
+            }
+            Command::Recheck(paths) => self.recheck(&paths),
             Command::Incomplete(hash) => self.incomplete(hash)?,
             Command::Bulk(result) => self.bulk_done(*result)?,
             Command::Mapped(paths) => self.mapped(paths)?,
@@ -238,43 +256,19 @@ impl Engine {
             // Its last acknowledgements were lost on the way.
             self.handle_durable(position.lsn)?;
         }
-        let undone = self.view.handle_restart();
-        // New again, under the names they have by now: what went from elsewhere is not gone before they are there.
-        let is_file = |row: &Option<Row>| row.as_ref().is_some_and(|row| row.entry.hash().is_some());
-        let came: Vec<RelPath> =
-            undone.values().flatten().filter(|(_, row)| is_file(row)).map(|(path, _)| self.sets.now_at(path)).collect();
-        if !undone.is_empty() {
-            self.distrust_renames();
+        let hello = self.hello()?;
+        let verdict = compare(&hello, welcome);
+        let doubt = std::mem::take(&mut self.doubt) || self.fruitless >= FRUITLESS_MAX;
+        let same = matches!(verdict, Verdict::Continue) && self.complete && !doubt;
+        self.settle_observations(same);
+        if !same {
+            self.take_back()?;
+            self.outbox.handle_restart(hello.position);
         }
-        for paths in undone.into_values() {
-            // What it moved between groups is one txn again: a message is never nowhere.
-            let mut came: HashMap<ContentHash, BTreeSet<Group>> = HashMap::new();
-            for (path, row) in &paths {
-                if let Some(hash) = row.as_ref().and_then(|row| row.entry.hash()) {
-                    came.entry(hash).or_default().insert(self.group_of_marked(path));
-                }
-            }
-            for (path, _) in paths.iter().filter(|(_, row)| row.is_none()) {
-                let hash = self.view.row(path)?.and_then(|row| row.entry.hash());
-                let (from, to) = (self.group_of_marked(path), hash.and_then(|hash| came.get(&hash)));
-                if let Some(to) = to.filter(|to| !to.contains(&from)) {
-                    to.iter().for_each(|to| self.sets.join(&from, to));
-                }
-            }
-            for (path, _) in paths {
-                self.mark(&path, true, true, false);
-            }
-        }
-        if self.complete {
-            came.into_iter().for_each(|path| self.fresh.insert(path));
-        }
-        self.flights.clear();
         if let Ok(mut recent) = self.recent.lock() {
             recent.clear();
         }
-        let hello = self.hello()?;
-        self.outbox.handle_restart(hello.position);
-        Ok(match compare(&hello, welcome) {
+        Ok(match verdict {
             Verdict::Continue => Ok(Step::Begin { from: hello.position, reset: false }),
             Verdict::PullSince(lsn) => {
                 let step = self.start_pull(Some(lsn))?;
@@ -416,6 +410,58 @@ impl Engine {
         Ok(Ok(Step::Begin { from, reset }))
     }
 
+    /// What is in flight is not sent again: what it was made of is looked at once more.
+    fn take_back(&mut self) -> Result<(), CaptureError> {
+        let undone = self.view.handle_restart();
+        // New again, under the names they have by now: what went from elsewhere is not gone before they are there.
+        let is_file = |row: &Option<Row>| row.as_ref().is_some_and(|row| row.entry.hash().is_some());
+        let came: Vec<RelPath> =
+            undone.values().flatten().filter(|(_, row)| is_file(row)).map(|(path, _)| self.sets.now_at(path)).collect();
+        if !undone.is_empty() {
+            self.distrust_renames();
+        }
+        for paths in undone.into_values() {
+            // What it moved between groups is one txn again: a message is never nowhere.
+            let mut came: HashMap<ContentHash, BTreeSet<Group>> = HashMap::new();
+            for (path, row) in &paths {
+                if let Some(hash) = row.as_ref().and_then(|row| row.entry.hash()) {
+                    came.entry(hash).or_default().insert(self.group_of_marked(path));
+                }
+            }
+            for (path, _) in paths.iter().filter(|(_, row)| row.is_none()) {
+                let hash = self.view.row(path)?.and_then(|row| row.entry.hash());
+                let (from, to) = (self.group_of_marked(path), hash.and_then(|hash| came.get(&hash)));
+                if let Some(to) = to.filter(|to| !to.contains(&from)) {
+                    to.iter().for_each(|to| self.sets.join(&from, to));
+                }
+            }
+            for (path, _) in paths {
+                self.mark(&path, true, true, false);
+            }
+        }
+        if self.complete {
+            came.into_iter().for_each(|path| self.fresh.insert(path));
+        }
+        self.flights.clear();
+        self.bulk.forget_named();
+        Ok(())
+    }
+
+    /// Of what was observed in sessions before: what rests on nothing of the standby (bytes read whole, what is gone, what is no file) is so whatever that one has. What rests on its rows or its staged
+    /// contents holds where it goes on (`same`) from where it was; what rests on rows that were taken back is dirty by that. Under a load that never ends a standby that comes and goes would else be
+    /// sent nothing but beginnings.
+    fn settle_observations(&mut self, same: bool) {
+        if !same {
+            self.fruitless = 0;
+            self.sets.keep_bytes_only();
+            self.bulk.forget_ahead();
+        }
+        for (path, content) in self.sets.on_the_standby(same) {
+            self.larges.remove(&path);
+            self.mark(&path, content, true, false);
+        }
+    }
+
     /// The session is over (`None`: a new one is being opened).
     fn down(&mut self, id: Option<u64>) {
         let Some(session) = self.session.take_if(|session| id.is_none_or(|id| session.id == id)) else { return };
@@ -423,13 +469,13 @@ impl Engine {
         self.last_groups = None;
         // The txn waited for may never arrive, and its number be passed by others: what is dirty then is waited for instead.
         self.restart_waiters();
+        let fruitless = self.outbox.in_flight().len() > 0 && self.durable == session.durable;
+        self.fruitless = if fruitless { self.fruitless + 1 } else { 0 };
         self.bulk.session_ended();
-        // Observations may rest on contents the standby turns out not to have. What was read whole, or seen to be gone, is so whatever the standby has, and is kept: under a load that never ends a
-        // standby that comes and goes would otherwise be sent nothing but beginnings.
-        self.sets.keep_bytes_only();
-        for (path, content) in self.sets.on_the_standby() {
+        // What was on its way is not there. What is there, or was there before, is looked at when the standby says how it is: see `settle_observations`.
+        for path in self.sets.staging() {
             self.larges.remove(&path);
-            self.mark(&path, content, true, false);
+            self.mark(&path, true, true, false);
         }
         if !self.complete {
             // Nothing of a first sync is kept in memory while nobody takes it.

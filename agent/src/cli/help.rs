@@ -202,6 +202,33 @@ kept in rescue/ in the state directory. A report says what became of each.",
     )
 }
 
+pub(super) fn verify() -> String {
+    sections(
+        "
+  twinbox verify                       reads everything this node keeps, and tells what differs
+  twinbox verify --repair --rate 50M
+  twinbox verify --json | jq '.mirrors[].findings'
+
+Each node compares its own disk with the manifest, of which both have the same: run it on both. What differs
+is looked at twice more before it is told. --repair: on a standby every path becomes what the manifest says;
+on a primary, too, where the disk has changed by itself (the file's change time says that nobody did), while
+a change that nobody had seen is sent to the standby. Contents come from the node that has them; whatever
+gives way is kept in rescue. Ctrl-C stops it; the next run goes on there. [verify] in the configuration has
+it done regularly. Ends with 9 while differences are left.",
+        &[
+            Exit::Ok,
+            Exit::Failure,
+            Exit::Usage,
+            Exit::Config,
+            Exit::NoAgent,
+            Exit::Differs,
+            Exit::Permission,
+            Exit::Refused,
+            Exit::Interrupted,
+        ],
+    )
+}
+
 pub(super) fn rescue() -> String {
     sections(
         "

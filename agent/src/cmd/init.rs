@@ -38,6 +38,7 @@ pub fn run(args: &Init, quiet: bool) -> Result<ExitCode, Failure> {
         limits: Limits::default(),
         fence: None,
         hooks: crate::hooks::Hooks::default(),
+        verify: crate::config::Verify::default(),
         log: Log::default(),
         mirrors,
         peers: vec![],

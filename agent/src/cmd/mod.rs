@@ -15,3 +15,5 @@ pub mod run;
 pub mod status;
 pub mod switch;
 mod switching;
+pub mod verify;
+mod verifying;

@@ -32,7 +32,7 @@ struct Kept {
     mirror: String,
     /// Where it was in the store.
     path: String,
-    /// `drift`, `adopt`, `heal` or `resync`.
+    /// `drift`, `adopt`, `heal`, `resync` or `verify`.
     why: String,
     /// RFC 3339, UTC.
     kept_at: String,

@@ -75,7 +75,7 @@ impl Agent {
         }
     }
 
-    fn spec(&self, mirror: Option<&str>) -> Result<MirrorSpec, Response> {
+    pub(super) fn spec(&self, mirror: Option<&str>) -> Result<MirrorSpec, Response> {
         let specs = self.specs.read().unwrap_or_else(PoisonError::into_inner);
         match mirror {
             None if specs.len() > 1 => Err(Response::error("bad-arguments", "there are several mirrors: say which, with --mirror")),

@@ -18,7 +18,7 @@ use crate::admin::{AdminServer, FenceServer, Request, Response};
 use crate::capture::Command;
 use crate::capture::pulse::Stage;
 use crate::cli::Run;
-use crate::config::{Config, Role};
+use crate::config::{self, Config, Role};
 use crate::exit::ExitCode;
 use crate::failure::Failure;
 use crate::fences::Fences;
@@ -95,6 +95,8 @@ pub(super) struct Agent {
     /// Held by the one change of roles, or resync, there may be.
     pub(super) changing: Mutex<()>,
     pub(super) hooks: std::sync::RwLock<Hooks>,
+    pub(super) schedule: std::sync::RwLock<config::Verify>,
+    pub(super) verifying: super::verifying::Verifying,
     /// No role is changed any more.
     pub(super) stopping: AtomicBool,
 }
@@ -121,6 +123,7 @@ impl Agent {
             }
         }
         *self.hooks.write().unwrap_or_else(PoisonError::into_inner) = config.hooks.clone();
+        *self.schedule.write().unwrap_or_else(PoisonError::into_inner) = config.verify;
         tracing::info!(peers = peers.len(), "configuration read again");
         *self.peers.write().unwrap_or_else(PoisonError::into_inner) = peers;
         Ok(())
@@ -129,6 +132,8 @@ impl Agent {
     /// Stops everything that runs, lets `change` act on the state at rest, and starts again, whatever came of it.
     pub(super) fn restart<T>(&self, roles: &mut Roles, change: impl FnOnce() -> T) -> (T, Result<(), String>) {
         tokio::task::block_in_place(|| {
+            // Whose tree it is may change: nobody else touches it by then.
+            self.verifying.stop();
             roles.stop();
             let done = change();
             let not_yet = self.unhealed.names();
@@ -160,6 +165,7 @@ impl Agent {
             mirrors: {
                 let mut all = self.roles.lock().await.status();
                 all.extend(self.unhealed.status());
+                self.show_verifying(&mut all);
                 all
             },
         }
@@ -240,6 +246,8 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
         changing: Mutex::default(),
         stopping: AtomicBool::new(false),
         hooks: std::sync::RwLock::new(config.hooks.clone()),
+        schedule: std::sync::RwLock::new(config.verify),
+        verifying: super::verifying::Verifying::default(),
         path: args.file.config.clone(),
         pins,
         endpoints,
@@ -272,6 +280,8 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
                     }
                     Request::Promote(switch) => agent.promote(&switch).await.unwrap_or_else(|refusal| refusal),
                     Request::Rescue(rescued) => agent.rescue(&rescued).await.unwrap_or_else(|refusal| refusal),
+                    Request::Verify(verify) => agent.verify(&verify).await.unwrap_or_else(|refusal| refusal),
+                    Request::VerifyStop { mirror } => agent.verify_stop(mirror.as_deref()).unwrap_or_else(|refusal| refusal),
                     Request::Switchover(switch) => agent.switchover(&switch).await.unwrap_or_else(|refusal| refusal),
                     Request::Resync(resync) => agent.resync(&resync).await.unwrap_or_else(|refusal| refusal),
                     Request::Demote(switch) => agent.demote(&switch).await.unwrap_or_else(|refusal| refusal),
@@ -346,6 +356,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
             }
             _ = check.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+                agent.verify_when_due();
                 let (captures, stalls, mut status) = {
                     let roles = agent.roles.lock().await;
                     (roles.captures(), roles.stalls(), roles.status())
@@ -387,6 +398,7 @@ pub async fn run(args: &Run) -> Result<ExitCode, Failure> {
     healing.abort();
     teller.abort();
     agent.stopping.store(true, Ordering::SeqCst);
+    tokio::task::block_in_place(|| agent.verifying.stop());
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     tracing::info!("stopping: finishing what is under way");
     let captures = agent.roles.lock().await.captures();

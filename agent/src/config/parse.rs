@@ -10,13 +10,14 @@ use toml::de::DeTable;
 use super::problem::{Located, ProblemKind, line_column};
 use super::reader::{Reader, Span};
 use super::{
-    Config, DEFAULT_PORT, DEFAULT_SWEEP, FenceSocket, LIMITS, Limits, Log, LogFormat, LogLevel, Mirror, Peer, Role, TABLES_MAX, paths,
+    Config, DEFAULT_PORT, DEFAULT_SWEEP, FenceSocket, LIMITS, Limits, Log, LogFormat, LogLevel, Mirror, Peer, Role, TABLES_MAX, Verify, paths,
 };
 use crate::duration::{duration_text, parse_duration};
 use crate::glob::Glob;
 use crate::hooks::{Hook, Hooks};
 
-const TOP_KEYS: [&str; 9] = ["node", "state", "listen", "limits", "log", "fence", "hooks", "mirror", "peer"];
+const TOP_KEYS: [&str; 10] = ["node", "state", "listen", "limits", "log", "fence", "hooks", "verify", "mirror", "peer"];
+const VERIFY_KEYS: [&str; 3] = ["interval", "repair", "rate_mib"];
 const FENCE_KEYS: [&str; 2] = ["socket", "group"];
 const MIRROR_KEYS: [&str; 8] = ["name", "root", "layout", "role", "groups", "exclude", "sweep_interval", "fuzzy_after"];
 const PEER_KEYS: [&str; 3] = ["node", "addresses", "fingerprint"];
@@ -101,6 +102,18 @@ fn top(document: &DeTable<'_>, text: &str, problems: &mut Vec<Located>) -> Optio
         }
     }
 
+    let mut verify = Verify::default();
+    if let Some((table, span)) = reader.table("verify") {
+        let mut section = Reader::open(table, "[verify]", span, &VERIFY_KEYS, reader.problems());
+        if section.value("interval").is_some() {
+            verify.interval = Some(section.parsed("interval", |text| interval("interval", text))?);
+        }
+        verify.repair = section.boolean("repair").unwrap_or_default();
+        if let Some(mib) = section.number("rate_mib", 1, 1 << 20) {
+            verify.rate = mib << 20;
+        }
+    }
+
     let mut mirrors = Vec::new();
     let mut roots = Vec::new();
     let mut names = Names::new("mirror", text);
@@ -135,6 +148,7 @@ fn top(document: &DeTable<'_>, text: &str, problems: &mut Vec<Located>) -> Optio
         log,
         fence,
         hooks,
+        verify,
         mirrors: mirrors.into_iter().collect::<Option<_>>()?,
         peers: peers.into_iter().collect::<Option<_>>()?,
     };

@@ -136,6 +136,16 @@ impl<'t, 'i, 'p> Reader<'t, 'i, 'p> {
         within
     }
 
+    /// `true` or `false`.
+    pub(super) fn boolean(&mut self, key: &'static str) -> Option<bool> {
+        let value = self.value(key)?;
+        let DeValue::Boolean(is) = value.get_ref() else {
+            self.wrong_type(key, "true or false", value.get_ref(), value.span());
+            return None;
+        };
+        Some(*is)
+    }
+
     /// One of a fixed set of words.
     pub(super) fn word<T>(
         &mut self,

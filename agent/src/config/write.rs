@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
@@ -89,6 +90,12 @@ impl Config {
             }
             writeln!(out, "timeout = {}", quoted(&duration_text(self.hooks.timeout)))?;
         }
+        writeln!(out, "\n# How often this disk is read in full and compared with what it should hold (`twinbox verify`); without interval: never.")?;
+        let commented = if self.verify.interval.is_none() { "# " } else { "" };
+        let interval = self.verify.interval.unwrap_or(Duration::from_secs(30 * 24 * 3600));
+        writeln!(out, "{commented}[verify]\n{commented}interval = {}", quoted(&duration_text(interval)))?;
+        writeln!(out, "# Put right what differs; what was there is kept in rescue.\n{commented}repair = {}", self.verify.repair)?;
+        writeln!(out, "# MiB read a second\n{commented}rate_mib = {}", self.verify.rate >> 20)?;
         for mirror in &self.mirrors {
             write_mirror(out, mirror)?;
         }

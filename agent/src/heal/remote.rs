@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use twinbox_protocol::codec::{CONTROL_MAX, check_entry};
 use twinbox_protocol::entry::Entry;
 use twinbox_protocol::hello::{Refusal, Verdict, compare};
-use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::ids::{ContentHash, Lsn, MirrorId};
 use twinbox_protocol::msg::{Hello, Position, RefuseCode, ToPrimary, ToStandby};
 use twinbox_protocol::path::RelPath;
 
@@ -96,6 +96,17 @@ impl Remote {
             _ if matches!(welcome.replica, twinbox_protocol::msg::Replica::Adopted { .. }) => Ok(Greeting::Nothing),
             _ => Ok(Greeting::Holds(remote)),
         }
+    }
+
+    /// Asks for contents only, beside a session.
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    pub async fn borrow(connection: &quinn::Connection, mirror: &str, mirror_id: MirrorId) -> Result<Self, RemoteError> {
+        let (send, recv) = connection.open_bi().await?;
+        let mut remote = Remote { send, control: FrameReader::new(recv, CONTROL_MAX) };
+        write_frame(&mut remote.send, &ToStandby::Borrow { mirror: mirror.into(), mirror_id }).await?;
+        Ok(remote)
     }
 
     async fn answer(&mut self) -> Result<ToPrimary, RemoteError> {

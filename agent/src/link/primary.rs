@@ -225,6 +225,7 @@ async fn session(
                             let _ = to_log.send(frames); // Its reader ends only with the session.
                         }
                         ToLink::Gone(hash) => write_frame(&mut send, &ToStandby::Gone { hash }).await?,
+                        ToLink::Lacks(hash) => write_frame(&mut send, &ToStandby::Lacks { hash }).await?,
                         ToLink::Unstage(hash) => write_frame(&mut send, &ToStandby::Unstage { hash }).await?,
                         ToLink::Stored(lsn) => stored = lsn,
                     }
@@ -285,6 +286,7 @@ fn heard(message: ToPrimary, capture: &CaptureHandle, shared: &Mutex<PeerLink>) 
         }
         ToPrimary::Staged { hash } => capture.send(Command::Staged(hash)),
         ToPrimary::Miss { hash } => capture.send(Command::Miss(hash)),
+        ToPrimary::Want { path, hash } => capture.send(Command::Want(path, hash)),
         ToPrimary::Incomplete { hash } => capture.send(Command::Incomplete(hash)),
         ToPrimary::Heartbeat { wall_ns: theirs, .. } => {
             note(&|link| link.skew_ms = Some(skew_ms(theirs)));

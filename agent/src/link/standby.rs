@@ -12,9 +12,10 @@ use tokio::time::timeout;
 use twinbox_protocol::PROTOCOL_VERSION;
 use twinbox_protocol::chunk::CHUNKER;
 use twinbox_protocol::codec::{CONTROL_MAX, LOG_FRAME_MAX, decode};
-use twinbox_protocol::ids::{Epoch, Generation, Incarnation};
+use twinbox_protocol::ids::{ContentHash, Epoch, Generation, Incarnation, MirrorId};
 use twinbox_protocol::lineage::{Meeting, Relation, Side, meet, relate};
 use twinbox_protocol::msg::{BulkItem, Hello, Position, RefuseCode, Replica, StreamHead, ToPrimary, ToStandby, Welcome};
+use twinbox_protocol::path::RelPath;
 use twinbox_resync::node::{MirrorState, NodeState, Role};
 
 use super::zstream::Expander;
@@ -179,6 +180,7 @@ impl Server {
         let hello = match first {
             Some(ToStandby::Hello(hello)) => hello,
             Some(ToStandby::TakeOver { mirror, generation }) => return self.take_over(mirror, generation, &mut send).await,
+            Some(ToStandby::Borrow { mirror, mirror_id }) => return self.lend(&mirror, mirror_id, &mut send, &mut control).await,
             Some(ToStandby::Rejoin(hello)) => return self.rejoin(&hello, &mut send, &mut control).await,
             _ => return Err(ServeError::Protocol("no hello first")),
         };
@@ -274,19 +276,11 @@ impl Server {
                             }
                         }
                         ToStandby::Fetch { path, hash } if session.is_none() => {
-                            let (pieces, mut answer) = mpsc::channel(4);
-                            let handle = served.handle.clone();
-                            let sent = tokio::spawn(async move { handle.content(path, hash, pieces).await });
-                            while let Some(message) = answer.recv().await {
-                                write_frame(&mut send, &message).await?;
-                            }
-                            match sent.await {
-                                Ok(done) => done?,
-                                Err(_) => break Err(ServeError::Protocol("a content was cut short")),
-                            }
+                            give(served, path, hash, &mut send).await?;
                         }
                         ToStandby::Begin { from, reset } if session.is_none() => {
                             self.adopt_history(&hello, served, reset)?;
+                            served.handle.staged_by(hello.incarnation);
                             let begun = served.handle.begin(from, reset, out.clone()).await?;
                             let begun = Arc::new(begun);
                             if let Ok(mut all) = sessions.lock() {
@@ -302,6 +296,11 @@ impl Server {
                         ToStandby::Unstage { hash } => {
                             if let Some(session) = &session {
                                 session.unstage(hash);
+                            }
+                        }
+                        ToStandby::Lacks { hash } => {
+                            if let Some(session) = &session {
+                                session.lacks(hash);
                             }
                         }
                         ToStandby::Gone { hash } => {
@@ -356,6 +355,29 @@ impl Server {
         };
         write_frame(send, &word).await?;
         let _ = send.finish();
+        Ok(())
+    }
+
+    /// The primary asks for contents that its own disk has damaged.
+    async fn lend(
+        &self,
+        mirror: &str,
+        mirror_id: MirrorId,
+        send: &mut quinn::SendStream,
+        control: &mut FrameReader<ToStandby>,
+    ) -> Result<(), ServeError> {
+        let known = NodeState::open(&self.state_dir)?.mirror(mirror)?;
+        let same = known.is_some_and(|known| known.role == Role::Standby && known.mirror_id == mirror_id);
+        let Some(served) = self.mirrors.get(mirror).filter(|_| same) else {
+            let message = format!("node `{}` is not a standby of mirror `{mirror}`", self.node);
+            write_frame(send, &ToPrimary::Refuse { code: RefuseCode::NoSuchMirror, message }).await?;
+            let _ = send.finish();
+            return Ok(());
+        };
+        while let Some(message) = control.next().await? {
+            let ToStandby::Fetch { path, hash } = message else { return Err(ServeError::Protocol("out of turn")) };
+            give(served, path, hash, send).await?;
+        }
         Ok(())
     }
 
@@ -459,6 +481,17 @@ impl Server {
         served.handle.follow(state.lineage, state.epoch);
         Ok(())
     }
+}
+
+/// Gives a content back.
+async fn give(served: &Served, path: RelPath, hash: ContentHash, send: &mut quinn::SendStream) -> Result<(), ServeError> {
+    let (pieces, mut answer) = mpsc::channel(4);
+    let handle = served.handle.clone();
+    let sent = tokio::spawn(async move { handle.content(path, hash, pieces).await });
+    while let Some(message) = answer.recv().await {
+        write_frame(send, &message).await?;
+    }
+    Ok(sent.await.map_err(|_| ServeError::Protocol("a content was cut short"))??)
 }
 
 /// What a primary is told whose standby was primary before it.

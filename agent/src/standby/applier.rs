@@ -31,6 +31,8 @@ use super::rescue::Rescue;
 use super::rescue::Why;
 use super::shared::{Alive, Shared};
 use super::staging::Staging;
+use super::verify::{Mend, Mended};
+use crate::verify::judge::Looked;
 
 /// A checkpoint at the latest after so long …
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(5);
@@ -51,6 +53,10 @@ pub(super) enum Cmd {
     Fetch { hash: ContentHash, hint: Option<RelPath>, reply: Reply<Vec<File>> },
     /// Other names of the file at this path.
     Names { path: RelPath, reply: Reply<Vec<RelPath>> },
+    /// What is at some paths, and their rows, between two txns.
+    Look { paths: Vec<RelPath>, reply: Reply<Result<Vec<Looked>, StandbyError>> },
+    /// Bring a path to what its row says.
+    Mend { mend: Mend, reply: Reply<Mended> },
     /// Everything durable is applied.
     Barrier { reply: Reply<Result<(), StandbyError>> },
     /// As [`super::StandbyHandle::replica`].
@@ -223,6 +229,16 @@ impl Applier {
                 self.restore_dirs()?;
             }
             Cmd::Names { path, reply } => reply(self.names(&path)),
+            Cmd::Look { paths, reply } => {
+                self.catch_up()?;
+                let looked = self.look_at(paths);
+                self.restore_dirs()?;
+                reply(looked);
+            }
+            Cmd::Mend { mend, reply } => {
+                self.catch_up()?;
+                reply(self.mend(&mend)?);
+            }
             Cmd::Barrier { reply } => {
                 self.catch_up()?;
                 reply(Ok(()));
@@ -270,6 +286,8 @@ impl Applier {
         match command {
             Cmd::Fetch { reply, .. } => reply(vec![]),
             Cmd::Names { reply, .. } => reply(vec![]),
+            Cmd::Look { reply, .. } => reply(Err(error.clone())),
+            Cmd::Mend { reply, .. } => reply(Mended::Failed(error.to_string())),
             Cmd::Barrier { reply } | Cmd::Begin { reply, .. } => reply(Err(error.clone())),
             Cmd::Hello { reply, .. } => {
                 let _ = reply.send(Err(Refusal { code: RefuseCode::Failed, message: error.to_string() }));
@@ -399,12 +417,18 @@ impl Applier {
         })
     }
 
-    fn txn(&mut self) -> Result<(), StandbyError> {
+    /// Rows may be changed until the next checkpoint.
+    pub(super) fn begin(&mut self) -> Result<(), StandbyError> {
         self.manifest.begin().map_err(|e| self.manifest.state_error(&e))?;
         if !self.dirty {
             self.checkpointed = Instant::now();
             self.dirty = true;
         }
+        Ok(())
+    }
+
+    fn txn(&mut self) -> Result<(), StandbyError> {
+        self.begin()?;
         (self.files, self.rescued, self.trouble) = (0, 0, vec![]);
         loop {
             let record = self.next_record()?;
@@ -511,7 +535,7 @@ impl Applier {
             self.target = position;
         }
         redo::drop_segments(&self.redo_dir, position.lsn)?;
-        self.staging.prune(position.lsn, self.shared.session().map_or(0, |s| s.id));
+        self.staging.prune(position.lsn);
         lower(&self.shared.redo_bytes, self.redo_bytes);
         self.redo_bytes = 0;
         self.checkpointed = Instant::now();

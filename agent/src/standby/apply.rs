@@ -34,7 +34,7 @@ struct Before {
     begun: bool,
 }
 
-fn at(path: &RelPath) -> impl Fn(Errno) -> OpError + '_ {
+pub(super) fn at(path: &RelPath) -> impl Fn(Errno) -> OpError + '_ {
     move |errno| OpError::Sys(path.clone(), errno)
 }
 
@@ -139,14 +139,14 @@ impl Applier {
         }
     }
 
-    fn put(&mut self, path: &RelPath, entry: &Entry, bytes: &Bytes<'_>) -> Result<(), OpError> {
+    pub(super) fn put(&mut self, path: &RelPath, entry: &Entry, bytes: &Bytes<'_>) -> Result<(), OpError> {
         self.replica.put(path, entry, bytes).map_err(at(path))?;
         self.files += 1;
         self.landed(path)
     }
 
     /// Notes what a path that was just made or changed looks like here.
-    fn landed(&mut self, path: &RelPath) -> Result<(), OpError> {
+    pub(super) fn landed(&mut self, path: &RelPath) -> Result<(), OpError> {
         let Some(stat) = self.replica.stat(path).map_err(at(path))? else { return Ok(()) };
         self.set_local(path, &stat)?;
         self.refresh((stat.st_nlink > 1 && !is_dir(&stat)).then_some(stat.st_ino))
@@ -186,7 +186,7 @@ impl Applier {
         }
     }
 
-    fn hash(&mut self, path: &RelPath) -> Result<ContentHash, OpError> {
+    pub(super) fn hash(&mut self, path: &RelPath) -> Result<ContentHash, OpError> {
         let file = self.replica.file(path, false).map_err(at(path))?;
         copy::hash(&file).map_err(io_at(path))
     }

@@ -6,7 +6,7 @@
 //! ```
 //! `receiver` orders and acknowledges, `resolve` turns references into bytes, `staging` keeps large ones, `applier` and `apply` make replica and
 //! manifest follow, `replica`, `attrs`, `patch`, `copy` and `rescue` touch files, `recover` brings a tree that was interrupted to the log's end, `adopt` takes over
-//! files that are here; `content` gives contents back to a primary that lost them. Each thread owns its state; see ARCHITECTURE §2 and §6.
+//! files that are here; `content` gives contents back to a primary that lost them, `verify` looks at and mends single paths. Each thread owns its state; see ARCHITECTURE §2 and §6.
 
 mod adopt;
 mod applier;
@@ -27,6 +27,7 @@ mod room;
 mod shared;
 mod staging;
 mod start;
+mod verify;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::oneshot;
 use twinbox_protocol::codec::{DecodeError, LOG_FRAME_MAX};
-use twinbox_protocol::ids::{ContentHash, Epoch, Lsn};
+use twinbox_protocol::ids::{ContentHash, Epoch, Incarnation, Lsn};
 use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{Hello, Position, Replica, ToPrimary};
 use twinbox_resync::node::MirrorState;
@@ -46,6 +47,7 @@ pub use error::{Refusal, StandbyError};
 pub use object::ObjectWriter;
 use receiver::Event;
 pub use shared::StandbyStatus;
+pub(crate) use verify::{How, Mend, Mended};
 use shared::{OBJECTS_MAX, SessionShared, Shared};
 use staging::Staging;
 
@@ -64,6 +66,9 @@ pub struct StandbyConfig {
     /// Called when the first sync becomes complete, or a new one begins; on the applier's thread.
     pub on_complete: Box<dyn Fn(bool) + Send>,
 }
+
+/// More than this that no txn has named is not kept from one session to the next.
+const STAGED_AHEAD_MAX: u64 = 4 << 30;
 
 /// A running standby; owns its threads. Dropped or stopped, it applies what is durable and makes a last checkpoint.
 pub struct Standby {
@@ -135,6 +140,11 @@ impl StandbyHandle {
         let stopped = || Refusal::failed(&StandbyError::Stopped);
         self.events.send(Event::Hello { hello: Box::new(hello.clone()), reply }).map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?
+    }
+
+    /// A session with this run of a primary is about to begin: what it had sent ahead in an earlier one is still there.
+    pub fn staged_by(&self, run: Incarnation) {
+        self.staging.follow(run, STAGED_AHEAD_MAX);
     }
 
     /// Notes the history this node follows, for later hellos; the caller has stored it (in `state.db`) before.
@@ -225,9 +235,14 @@ impl Session {
         let _ = self.handle.events.send(Event::Gone { session: self.shared.id, hash });
     }
 
+    /// The primary does not have a content that was wanted.
+    pub fn lacks(&self, hash: ContentHash) {
+        self.shared.note_lacking(hash);
+    }
+
     /// No txn will name this staged object.
     pub fn unstage(&self, hash: ContentHash) {
-        self.handle.staging.release(hash, self.shared.id);
+        self.handle.staging.release(hash);
     }
 
     /// The primary has stored everything up to `lsn`: tombstones up to there may go.

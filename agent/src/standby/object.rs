@@ -115,7 +115,7 @@ fn write(
         }
         BulkItem::End { hash, size } => {
             let copied = writing.incomplete || writing.part.copied();
-            match if writing.incomplete { Finished::Wrong } else { writing.part.finish(hash, size, session.id).map_err(failed)? } {
+            match if writing.incomplete { Finished::Wrong } else { writing.part.finish(hash, size).map_err(failed)? } {
                 Finished::Staged => {
                     session.note_here(hash);
                     session.send(ToPrimary::Staged { hash });

@@ -277,6 +277,23 @@ impl Replica {
         rfs::renameat(&place.dir, place.name.as_slice(), &temp.dir, temp.name.as_slice())
     }
 
+    /// What is at `a` and what is at `b` change places.
+    pub(crate) fn exchange(&mut self, a: &RelPath, b: &RelPath) -> Result<(), Errno> {
+        let (one, other) = (self.place_to_change(a)?, self.place_to_change(b)?);
+        rfs::renameat_with(&one.dir, one.name.as_slice(), &other.dir, other.name.as_slice(), RenameFlags::EXCHANGE)
+    }
+
+    /// rename(2) to a name that is free: else `EXIST`.
+    pub(crate) fn rename_to_free(&mut self, from: &RelPath, to: &RelPath) -> Result<(), Errno> {
+        let (source, target) = (self.place_to_change(from)?, self.place_to_change(to)?);
+        match rfs::renameat_with(&source.dir, source.name.as_slice(), &target.dir, target.name.as_slice(), RenameFlags::NOREPLACE) {
+            // A file system that cannot: the look before is all there is.
+            Err(Errno::INVAL | Errno::NOSYS) if target.stat()?.is_some() => Err(Errno::EXIST),
+            Err(Errno::INVAL | Errno::NOSYS) => rfs::renameat(&source.dir, source.name.as_slice(), &target.dir, target.name.as_slice()),
+            other => other,
+        }
+    }
+
     /// A regular file appears at `path`, whole, instead of whatever file is there.
     pub(crate) fn put(&mut self, path: &RelPath, entry: &Entry, bytes: &Bytes<'_>) -> Result<(), Errno> {
         let place = self.place_to_change(path)?;

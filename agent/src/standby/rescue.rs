@@ -31,6 +31,8 @@ pub(crate) enum Why {
     Heal,
     /// What a node that was primary had alone, when it came back.
     Resync,
+    /// Was not what its row says, and was put right by `verify --repair`.
+    Verify,
 }
 
 impl Why {
@@ -40,6 +42,7 @@ impl Why {
             Why::Adopt => "adopt",
             Why::Heal => "heal",
             Why::Resync => "resync",
+            Why::Verify => "verify",
         }
     }
 }
@@ -169,7 +172,7 @@ pub(crate) fn children(replica: &mut Replica, path: &RelPath) -> Result<Vec<RelP
 }
 
 /// Removes what was copied.
-fn remove_all(replica: &mut Replica, path: &RelPath) -> Result<(), Errno> {
+pub(crate) fn remove_all(replica: &mut Replica, path: &RelPath) -> Result<(), Errno> {
     let Some(stat) = replica.stat(path)? else { return Ok(()) };
     if kind(&stat) == FileType::Directory {
         for child in children(replica, path)? {

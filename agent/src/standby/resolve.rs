@@ -146,8 +146,7 @@ impl Receiving {
             self.check_room_for(size)?;
             let mut part = self.staging.create().map_err(failed)?;
             part.copy(&file, 0, size).map_err(failed)?;
-            let session = self.session.as_ref().map_or(0, |s| s.id);
-            if part.finish(hash, size, session).map_err(failed)? == Finished::Staged {
+            if part.finish(hash, size).map_err(failed)? == Finished::Staged {
                 return Ok(self.staging.pin(hash, lsn).then_some(Content::Staged));
             }
         }
@@ -220,8 +219,7 @@ impl Receiving {
             self.recent.note(hash, &bytes);
             return Ok(Some(Content::Inline(ByteBuf::from(bytes))));
         }
-        let session = self.session.as_ref().map_or(0, |s| s.id);
-        if part.finish(hash, size, session).map_err(failed)? == Finished::Wrong {
+        if part.finish(hash, size).map_err(failed)? == Finished::Wrong {
             return Ok(None);
         }
         Ok(self.staging.pin(hash, lsn).then_some(Content::Staged))

@@ -11,6 +11,7 @@ use std::time::SystemTime;
 
 use tokio::sync::{Semaphore, mpsc, watch};
 use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::path::RelPath;
 use twinbox_protocol::msg::{Position, ToPrimary};
 
 use super::error::StandbyError;
@@ -81,6 +82,10 @@ pub(super) struct SessionShared {
     pub(super) objects: AtomicUsize,
     missed: Mutex<BTreeSet<ContentHash>>,
     gone: Mutex<BTreeSet<ContentHash>>,
+    /// Asked for by `verify`; whether it was said that it will not come.
+    wanted: Mutex<BTreeMap<ContentHash, bool>>,
+    /// Counts contents that came, and those of which was said that they will not.
+    arrivals: watch::Sender<u64>,
 }
 
 impl SessionShared {
@@ -93,6 +98,8 @@ impl SessionShared {
             objects: AtomicUsize::new(0),
             missed: Mutex::default(),
             gone: Mutex::default(),
+            wanted: Mutex::default(),
+            arrivals: watch::Sender::new(0),
         })
     }
 
@@ -111,6 +118,31 @@ impl SessionShared {
     /// It came: the next time it is not found it is asked for again.
     pub(super) fn note_here(&self, hash: ContentHash) {
         lock(&self.missed).remove(&hash);
+        self.arrivals.send_modify(|count| *count += 1);
+    }
+
+    /// Asks for a content that nobody waits for in the log.
+    pub(super) fn want(&self, path: RelPath, hash: ContentHash) {
+        let mut wanted = lock(&self.wanted);
+        wanted.clear(); // One after the other.
+        wanted.insert(hash, false);
+        drop(wanted);
+        self.send(ToPrimary::Want { path, hash });
+    }
+
+    pub(super) fn note_lacking(&self, hash: ContentHash) {
+        if let Some(lacking) = lock(&self.wanted).get_mut(&hash) {
+            *lacking = true;
+        }
+        self.arrivals.send_modify(|count| *count += 1);
+    }
+
+    pub(super) fn is_lacking(&self, hash: ContentHash) -> bool {
+        lock(&self.wanted).get(&hash).copied().unwrap_or_default()
+    }
+
+    pub(super) fn arrivals(&self) -> watch::Receiver<u64> {
+        self.arrivals.subscribe()
     }
 
     pub(super) fn note_gone(&self, hash: ContentHash) {

@@ -1,7 +1,10 @@
 //! Contents kept beside the replica until the checkpoint has passed the last txn that uses them.
 //!
 //! `staging/<hash hex>` is whole and fsynced, `*.part` is being written. A txn that uses an object pins it with its LSN *before* its record is written; a checkpoint
-//! removes objects pinned at or below it, and unpinned ones of older sessions (those of the open session may have arrived ahead of their txn).
+//! removes objects pinned at or below it, and those that were let go. Objects that arrived ahead of their txn stay, also when the session ends or the standby is started again, for as long as it is the
+//! same run of the primary that has them sent (`staging/primary` names it): it goes on from there.
+//!
+//! Objects that are finished at the same time are synced together.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -13,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::ids::{ContentHash, Incarnation, Lsn};
 
 use super::copy;
 use super::shared::lock;
@@ -22,7 +25,10 @@ use super::shared::lock;
 struct Object {
     size: u64,
     pin: Option<Lsn>,
-    session: u64,
+    /// No txn will name it.
+    released: bool,
+    /// Its name is durable.
+    ready: bool,
 }
 
 /// See the module's text.
@@ -30,10 +36,50 @@ pub(super) struct Staging {
     dir: PathBuf,
     handle: File,
     objects: Mutex<BTreeMap<ContentHash, Object>>,
+    /// The run of a primary whose objects these are.
+    primary: Mutex<Option<Incarnation>>,
+    contents: Together,
+    names: Together,
     next: AtomicU64,
     /// Objects being written now.
     pub(super) writing: AtomicUsize,
 }
+
+/// Work that serves everybody who was waiting when it began.
+#[derive(Default)]
+struct Together {
+    asked: AtomicU64,
+    done: Mutex<Done>,
+}
+
+#[derive(Default)]
+struct Done {
+    upto: u64,
+    /// It failed once: what that was of, nobody can tell.
+    failed: bool,
+}
+
+impl Together {
+    /// Returns when `all` (or, for the only one that waits, `alone`) has run after this was called.
+    fn run(&self, alone: impl FnOnce() -> io::Result<()>, all: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let ticket = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut done = lock(&self.done);
+        if done.failed {
+            return Err(io::Error::other("an earlier sync of staged contents failed: restart the agent"));
+        }
+        if done.upto >= ticket {
+            return Ok(());
+        }
+        let upto = self.asked.load(Ordering::Acquire);
+        let synced = if upto == done.upto + 1 { alone() } else { all() };
+        done.failed = synced.is_err();
+        done.upto = upto;
+        synced
+    }
+}
+
+/// Names the run of the primary.
+const PRIMARY: &str = "primary";
 
 fn hash_of_name(name: &str) -> Option<ContentHash> {
     let bytes = data_encoding::HEXLOWER.decode(name.as_bytes()).ok()?;
@@ -45,17 +91,53 @@ impl Staging {
     pub(super) fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let mut objects = BTreeMap::new();
+        let mut primary = None;
         for item in fs::read_dir(dir)? {
             let item = item?;
             match item.file_name().to_str().and_then(hash_of_name) {
                 Some(hash) => {
-                    objects.insert(hash, Object { size: item.metadata()?.len(), pin: None, session: 0 });
+                    objects.insert(hash, Object { size: item.metadata()?.len(), pin: None, released: false, ready: true });
                 }
+                None if item.file_name() == PRIMARY => primary = fs::read(item.path())?.try_into().ok().map(Incarnation),
                 None => fs::remove_file(item.path())?,
             }
         }
         let (next, writing) = (AtomicU64::new(0), AtomicUsize::new(0));
-        Ok(Staging { dir: dir.into(), handle: File::open(dir)?, objects: Mutex::new(objects), next, writing })
+        Ok(Staging {
+            dir: dir.into(),
+            handle: File::open(dir)?,
+            objects: Mutex::new(objects),
+            primary: Mutex::new(primary),
+            contents: Together::default(),
+            names: Together::default(),
+            next,
+            writing,
+        })
+    }
+
+    /// A session of this run of a primary begins: what another run had sent is let go, and all of it if it is more than `most` bytes.
+    pub(super) fn follow(&self, run: Incarnation, most: u64) {
+        let mut primary = lock(&self.primary);
+        let mut objects = lock(&self.objects);
+        let ahead = objects.values().filter(|object| object.pin.is_none() && !object.released).map(|object| object.size).sum::<u64>();
+        if *primary == Some(run) && ahead <= most {
+            return;
+        }
+        objects.values_mut().for_each(|object| object.released = true);
+        if *primary != Some(run) {
+            // Not remembered, or not durably, it is another run next time: no more than that.
+            *primary = Some(run);
+            if let Err(error) = fs::write(self.dir.join(PRIMARY), run.0) {
+                tracing::warn!(%error, "cannot note whose contents are staged");
+            }
+        }
+    }
+
+    /// Lets go of what `known` says is elsewhere.
+    pub(super) fn release_known(&self, known: impl Fn(ContentHash) -> bool) {
+        for (_, object) in lock(&self.objects).iter_mut().filter(|(hash, _)| known(**hash)) {
+            object.released = true;
+        }
     }
 
     pub(super) fn dir(&self) -> &Path {
@@ -68,7 +150,7 @@ impl Staging {
 
     /// Size of an object that is whole.
     pub(super) fn size(&self, hash: ContentHash) -> Option<u64> {
-        lock(&self.objects).get(&hash).map(|o| o.size)
+        lock(&self.objects).get(&hash).filter(|o| o.ready).map(|o| o.size)
     }
 
     /// Opens an object for reading.
@@ -76,9 +158,16 @@ impl Staging {
         File::open(self.path(hash))
     }
 
+    /// Whether an object is here; it is wanted again then.
+    fn is_here(&self, hash: ContentHash) -> bool {
+        let mut objects = lock(&self.objects);
+        objects.get_mut(&hash).filter(|object| object.ready).map(|object| object.released = false).is_some()
+    }
+
     /// Keeps an object until the checkpoint passes `lsn`; `false` when it is not there.
     pub(super) fn pin(&self, hash: ContentHash, lsn: Lsn) -> bool {
-        lock(&self.objects).get_mut(&hash).map(|object| object.pin = object.pin.max(Some(lsn))).is_some()
+        let mut objects = lock(&self.objects);
+        objects.get_mut(&hash).filter(|object| object.ready).map(|object| object.pin = object.pin.max(Some(lsn))).is_some()
     }
 
     /// Bytes an object takes on disk; 0 when it is not there.
@@ -86,10 +175,10 @@ impl Staging {
         fs::metadata(self.path(hash)).map_or(0, |m| m.blocks() * 512)
     }
 
-    /// The session does not need an object: unless a txn named it, it goes at the next checkpoint.
-    pub(super) fn release(&self, hash: ContentHash, session: u64) {
-        if let Some(object) = lock(&self.objects).get_mut(&hash).filter(|object| object.session == session) {
-            object.session = u64::MAX;
+    /// The primary does not need an object: unless a txn named it, it goes at the next checkpoint.
+    pub(super) fn release(&self, hash: ContentHash) {
+        if let Some(object) = lock(&self.objects).get_mut(&hash) {
+            object.released = true;
         }
     }
 
@@ -100,11 +189,11 @@ impl Staging {
         }
     }
 
-    /// The checkpoint has passed `lsn`; objects of `session` that are not pinned stay.
-    pub(super) fn prune(&self, lsn: Lsn, session: u64) {
+    /// The checkpoint has passed `lsn`; objects that are not pinned stay unless they were let go.
+    pub(super) fn prune(&self, lsn: Lsn) {
         let mut objects = lock(&self.objects);
         objects.retain(|hash, object| {
-            let keep = object.pin.map_or(object.session == session, |pin| pin > lsn);
+            let keep = !object.ready || object.pin.map_or(!object.released, |pin| pin > lsn);
             if !keep && let Err(error) = fs::remove_file(self.dir.join(hash.to_string())) {
                 tracing::warn!(%error, "cannot remove a staged object");
             }
@@ -211,24 +300,31 @@ impl Part {
     }
 
     /// Checks name and length, makes the object durable and gives it its name.
-    pub(super) fn finish(mut self, hash: ContentHash, size: u64, session: u64) -> io::Result<Finished> {
+    pub(super) fn finish(mut self, hash: ContentHash, size: u64) -> io::Result<Finished> {
         let got = ContentHash(*self.hasher.finalize().as_bytes());
         if got != hash || size != self.size {
             return Ok(Finished::Wrong);
         }
-        if let Some(object) = lock(&self.staging.objects).get_mut(&hash) {
-            object.session = session;
+        if self.staging.is_here(hash) {
             return Ok(Finished::Staged);
         }
         self.file.set_len(self.size)?;
         self.file.flush()?;
-        self.file.sync_all()?;
-        // Known once its name is durable, so that no txn is acknowledged on one that is not. Held meanwhile, so that a checkpoint does not remove the file.
-        let mut objects = lock(&self.staging.objects);
-        fs::rename(&self.path, self.staging.path(hash))?;
-        self.done = true;
-        self.staging.handle.sync_all()?;
-        objects.entry(hash).or_insert(Object { size, pin: None, session });
+        let staging = self.staging.clone();
+        staging.contents.run(|| self.file.sync_all(), || Ok(rustix::fs::syncfs(&staging.handle)?))?;
+        {
+            let mut objects = lock(&staging.objects);
+            fs::rename(&self.path, staging.path(hash))?;
+            self.done = true;
+            // Not yet there for anybody, nor for a checkpoint to remove.
+            let object = Object { size, pin: None, released: false, ready: false };
+            objects.entry(hash).or_insert(object).released = false;
+        }
+        // Known once its name is durable, so that no txn is acknowledged on one that is not.
+        staging.names.run(|| staging.handle.sync_all(), || staging.handle.sync_all())?;
+        if let Some(object) = lock(&staging.objects).get_mut(&hash) {
+            object.ready = true;
+        }
         Ok(Finished::Staged)
     }
 }

@@ -143,7 +143,9 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
         }
         log.drop_up_to(sealed.lsn)?;
     }
-    staging.prune(Lsn(u64::MAX), u64::MAX);
+    // What txns have used is in the replica by now; the rest a primary has sent ahead, and may go on from there.
+    staging.release_known(|hash| manifest.by_hash(hash).is_ok_and(|paths| !paths.is_empty()));
+    staging.prune(Lsn(u64::MAX));
     shared.update(|status| {
         status.durable = sealed;
         status.applied = sealed.lsn;

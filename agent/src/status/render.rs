@@ -80,6 +80,7 @@ fn mirror_lines(mirror: &MirrorStatus, own_version: &str) -> Vec<String> {
         bytes_text(totals.wire_sent),
         bytes_text(totals.wire_received),
     ));
+    lines.extend(verify_line(mirror));
     if mirror.watches.count > 0 {
         lines.push(format!("  watches  {} ({} of kernel memory)", mirror.watches.count, bytes_text(mirror.watches.kernel_bytes),));
     }
@@ -124,6 +125,24 @@ fn sync_line(mirror: &MirrorStatus) -> Option<String> {
         of(sync.bytes_total.map(bytes_text)),
         sync.eta_s.map(|eta| format!(", about {} left", span_text(Duration::from_secs(eta)))).unwrap_or_default(),
     ))
+}
+
+fn verify_line(mirror: &MirrorStatus) -> Option<String> {
+    let verify = mirror.verify.as_ref()?;
+    let mark = if verify.left > 0 { '!' } else { ' ' };
+    let found = match (verify.differences, verify.left) {
+        (0, _) => "no differences".to_owned(),
+        (some, 0) => format!("{} put right", count(some, "difference")),
+        (_, left) => format!("{} left: `twinbox verify --repair`", count(left, "difference")),
+    };
+    let eta = verify.eta_s.map(|eta| format!(", about {} left", span_text(Duration::from_secs(eta)))).unwrap_or_default();
+    let how = match (&verify.ended, verify.running) {
+        (Some(ended), _) => format!("{} paths, through at {}", verify.paths, plain(ended)),
+        (None, true) => format!("{} of {} paths{eta}", verify.paths, verify.total),
+        (None, false) => format!("stopped after {} of {} paths", verify.paths, verify.total),
+    };
+    let busy = if verify.busy > 0 { format!("; {} changed at every look", count(verify.busy, "path")) } else { String::new() };
+    Some(format!("{mark} verify   {how}: {found}{busy}"))
 }
 
 fn peer_lines(lines: &mut Vec<String>, peer: &PeerStatus, own_version: &str) {

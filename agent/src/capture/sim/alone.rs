@@ -41,6 +41,7 @@ struct World {
     objects: HashMap<u64, (Vec<u8>, bool)>,
     /// Objects at hand, and words to the primary that are on their way.
     staged: BTreeSet<ContentHash>,
+    missed: BTreeSet<ContentHash>,
     words: VecDeque<Command>,
     received: VecDeque<Received>,
     sessions: u64,
@@ -79,6 +80,7 @@ impl World {
             bulk: None,
             objects: HashMap::new(),
             staged: BTreeSet::new(),
+            missed: BTreeSet::new(),
             words: VecDeque::new(),
             received: VecDeque::new(),
             sessions: 0,
@@ -165,6 +167,7 @@ impl World {
         self.received.clear();
         self.words.clear();
         self.objects.clear();
+        self.missed.clear();
         if self.rng.one_in(2) {
             self.staged.clear();
         }
@@ -196,9 +199,7 @@ impl World {
         self.turn();
         self.take();
         // The standby's disk, and the way back, are slower at times.
-        while !self.received.is_empty() && !self.rng.one_in(4) {
-            self.make_durable();
-        }
+        while !self.rng.one_in(4) && self.make_durable() {}
         while !self.words.is_empty() && !self.rng.one_in(4) {
             let word = self.words.pop_front().unwrap();
             self.command(word);
@@ -223,7 +224,12 @@ impl World {
                     self.staged.remove(&hash);
                     continue;
                 }
-                ToLink::Gone(hash) => panic!("{hash} is gone, and nobody asked"),
+                ToLink::Gone(hash) if self.missed.contains(&hash) => {
+                    self.count("gone");
+                    self.cut();
+                    return self.command(Command::Down(self.sessions));
+                }
+                ToLink::Gone(hash) | ToLink::Lacks(hash) => panic!("{hash} is gone, and nobody asked"),
                 ToLink::Stored(_) => continue,
             };
             for body in frames {
@@ -267,8 +273,23 @@ impl World {
         }
     }
 
-    fn make_durable(&mut self) {
-        let Some(txn) = self.received.pop_front() else { return };
+    /// `false` when there is nothing, or a content is waited for.
+    fn make_durable(&mut self) -> bool {
+        let Some(txn) = self.received.front() else { return false };
+        let staged = txn.ops.iter().filter_map(|op| match op {
+            Op::Put { entry, content: Content::Staged, .. } => entry.hash(),
+            _ => None,
+        });
+        let lost: Vec<ContentHash> = staged.filter(|hash| !self.staged.contains(hash)).collect();
+        if !lost.is_empty() {
+            // Staged in a session before this one, and lost with it: asked for again, one after the other.
+            if self.missed.insert(lost[0]) {
+                self.count("misses");
+                self.words.push_back(Command::Miss(lost[0]));
+            }
+            return false;
+        }
+        let Some(txn) = self.received.pop_front() else { return false };
         let lsn = txn.position.lsn;
         self.replica.set_lsn(lsn);
         for op in &txn.ops {
@@ -285,6 +306,7 @@ impl World {
         self.words.push_back(Command::Applied(lsn));
         self.count("txns");
         self.check(lsn, txn.flags);
+        true
     }
 
     /// Bytes are what the op says.
@@ -409,11 +431,12 @@ impl World {
         for _ in 0..2 {
             self.engine.as_mut().unwrap().boundary().unwrap();
             loop {
+                if self.out.is_none() {
+                    self.connect();
+                }
                 self.turn();
                 self.take();
-                while !self.received.is_empty() {
-                    self.make_durable();
-                }
+                while self.make_durable() {}
                 while let Some(word) = self.words.pop_front() {
                     self.command(word);
                 }

@@ -244,6 +244,7 @@ impl Nodes {
             .unwrap();
             self.handle().follow(hello.lineage.clone(), hello.epoch);
         }
+        self.handle().staged_by(hello.incarnation);
         let (told, words) = mpsc::unbounded_channel();
         let session = match self.runtime.block_on(self.handle().begin(from, reset, told)) {
             Ok(session) => session,
@@ -327,6 +328,7 @@ impl Nodes {
             match message {
                 ToLink::Txn(frames) => link.forth.extend(frames.into_iter().map(Forth::Frame)),
                 ToLink::Gone(hash) => link.forth.push_back(Forth::Gone(hash)),
+                ToLink::Lacks(hash) => panic!("nobody wanted {hash}"),
                 ToLink::Unstage(hash) => link.forth.push_back(Forth::Unstage(hash)),
                 ToLink::Stored(lsn) => link.forth.push_back(Forth::Stored(lsn)),
             }

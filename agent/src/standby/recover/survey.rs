@@ -227,7 +227,7 @@ impl Work<'_> {
         let size = file.metadata().map_err(io)?.len();
         let mut part = self.staging.create().map_err(io)?;
         part.copy(&file, 0, size).map_err(io)?;
-        let saved = part.finish(hash, size, 0).map_err(io)? == Finished::Staged;
+        let saved = part.finish(hash, size).map_err(io)? == Finished::Staged;
         if saved {
             self.staging.pin(hash, Lsn(u64::MAX));
         }
@@ -336,7 +336,7 @@ impl Work<'_> {
         let mut part = self.staging.create().map_err(io)?;
         self.patch(base, chain, &part.file)?;
         part.reread().map_err(io)?;
-        let built = part.finish(hash, size, 0).map_err(io)? == Finished::Staged;
+        let built = part.finish(hash, size).map_err(io)? == Finished::Staged;
         if built {
             self.staging.pin(hash, Lsn(u64::MAX));
         }
