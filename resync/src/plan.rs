@@ -35,6 +35,8 @@ pub enum Body {
     Bytes(Vec<u8>),
     /// As pieces.
     Recipe(Vec<Seg>),
+    /// Read whole, and let go of for want of room: to be read again when it is sent.
+    Later,
     /// Sent ahead; staged on the standby under its name.
     Staged,
     /// As changed ranges of `base`.
@@ -470,7 +472,8 @@ impl Planner<'_> {
             }
             Body::Unread => Content::Known,
             Body::Staged => Content::Staged,
-            Body::Bytes(_) | Body::Recipe(_) if known(self.view)? => Content::Known,
+            Body::Bytes(_) | Body::Recipe(_) | Body::Later if known(self.view)? => Content::Known,
+            Body::Later => return Err(PlanError::Rescan { path, why: "its content is to be read again".into() }),
             Body::Bytes(bytes) => Content::Inline(ByteBuf::from(bytes.clone())),
             Body::Recipe(segs) => Content::Recipe(segs.clone()),
         };

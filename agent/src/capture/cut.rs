@@ -7,17 +7,19 @@
 use std::collections::{BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
+use serde_bytes::ByteBuf;
 use twinbox_protocol::entry::Time;
-use twinbox_protocol::ids::Lsn;
-use twinbox_protocol::ops::{FLAG_FUZZY, FLAG_INITIAL, FLAG_PARTIAL, Op};
+use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::ops::{FLAG_FUZZY, FLAG_INITIAL, FLAG_PARTIAL, INLINE_MAX, Op, Seg};
 use twinbox_protocol::path::RelPath;
+use twinbox_resync::manifest::REF_MIN;
 use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
 
 use super::dirty::{Group, Mark, Pending};
 use super::engine::{CaptureError, Engine};
 use super::fresh::Which;
-use super::look::{Known, Look, look};
+use super::look::{Known, Look, SEG_DATA_MAX, look, read_whole};
 use super::messages::ToLink;
 use super::pulse::Stage;
 
@@ -26,7 +28,7 @@ const ROUND_FILES: usize = 512;
 const ROUND_BYTES: usize = 8 * 1024 * 1024;
 /// A group that holds more than this sends the rest of its content ahead on bulk streams.
 const GROUP_BYTES: usize = 32 * 1024 * 1024;
-/// The same when all groups together hold so many windows.
+/// When all groups together hold so many windows, bytes are read twice: to know them, and when they are sent.
 const WINDOWS_HELD: usize = 2;
 /// A file somebody is writing is left alone until it was quiet for this long,
 const SETTLE: Duration = Duration::from_millis(4);
@@ -124,7 +126,7 @@ impl Engine {
                 continue;
             }
             judged.extend(unit.iter().cloned());
-            if self.is_cut(&unit) {
+            if self.is_cut(&unit) && self.read_again(&unit)? {
                 self.pace.cuts += 1;
                 committed |= self.commit(&unit, 0)?;
             } else if self.is_overdue(&unit) && !self.leaves_for_another(&unit) {
@@ -273,6 +275,7 @@ impl Engine {
         for name in unit {
             self.look_at_group(name, boundary, &mut files, &mut bytes, &mut parents)?;
         }
+        self.read_again(unit)?;
         tracing::warn!(mirror = %self.config.name, groups = unit.len(), "a group did not rest: sent as it was read, not at one point in time (fuzzy_after)");
         tracing::debug!(groups = ?unit.iter().map(|name| String::from_utf8_lossy(name)).collect::<Vec<_>>(), "fuzzy");
         self.summary.fuzzy_cuts += 1;
@@ -358,27 +361,36 @@ impl Engine {
             None => {}
         }
         match seen {
-            Look::Seen(seen, large) => {
+            Look::Seen(mut seen, large) => {
                 self.unreadable.remove(&path);
                 let read = super::dirty::weight(&seen);
                 let full = self.held_bytes + read > WINDOWS_HELD * self.config.window_bytes;
-                if let Seen::Present(found) = &seen {
+                if let Seen::Present(found) = &mut seen {
                     self.note_in_place(found, row.as_ref())?;
                     self.other_names(name, &path, found, row.as_ref())?;
                     if matches!(found.body, Body::Bytes(_) | Body::Recipe(_))
-                        && (self.sets.group(name).bytes > GROUP_BYTES || full)
+                        && self.sets.group(name).bytes > GROUP_BYTES
                         && (self.complete || self.scan.is_done() || self.sets.group(name).frozen > 0)
                     {
                         let size = found.entry.size();
                         return self.send_ahead(name, path, size).map(|()| 0);
+                    }
+                    // Holes are lost by reading.
+                    let plain = match &found.body {
+                        Body::Bytes(_) => true,
+                        Body::Recipe(segs) => !segs.iter().any(|seg| matches!(seg, Seg::Hole(_))),
+                        _ => false,
+                    };
+                    if full && plain {
+                        found.body = Body::Later;
                     }
                 }
                 match large {
                     Some(large) => self.larges.insert(path.clone(), large),
                     None => self.larges.remove(&path),
                 };
+                self.held_bytes += if matches!(&seen, Seen::Present(found) if found.body == Body::Later) { 0 } else { read };
                 self.sets.captured(name, path, seen);
-                self.held_bytes += read;
                 Ok(read)
             }
             Look::Unstable { writer } => {
@@ -404,10 +416,39 @@ impl Engine {
         }
     }
 
+    /// Bytes that were let go of for want of room; `false` when something is not what it was: that is dirty then.
+    fn read_again(&mut self, unit: &BTreeSet<Group>) -> Result<bool, CaptureError> {
+        let mut same = true;
+        for (group, path, found) in self.sets.later(unit) {
+            let Some(hash) = found.entry.hash() else { continue };
+            if found.entry.size() >= REF_MIN && self.view.has_content(hash)? {
+                continue; // The standby has it by now, or will.
+            }
+            let read = || {
+                let file = self.root.file(&path).ok()?;
+                let bytes = read_whole(&file, found.entry.size() as usize).ok()??;
+                let stat = rustix::fs::fstat(&file).ok()?;
+                (crate::tree::local(&stat) == found.local && ContentHash::of(&bytes) == hash).then_some(bytes)
+            };
+            match read() {
+                Some(bytes) if bytes.len() <= INLINE_MAX => self.sets.fill(&group, &path, Body::Bytes(bytes)),
+                Some(bytes) => {
+                    let segs = bytes.chunks(SEG_DATA_MAX).map(|part| Seg::Data(ByteBuf::from(part))).collect();
+                    self.sets.fill(&group, &path, Body::Recipe(segs));
+                }
+                None => {
+                    same = false;
+                    self.mark(&path, true, false, false);
+                }
+            }
+        }
+        Ok(same)
+    }
+
     /// What was read of a path before a directory above it was renamed, when it is the same still: nobody writes to it, and no event has named it.
     fn kept(&mut self, path: &RelPath, mark: &Mark) -> Option<Box<Found>> {
         let found = self.sets.take_kept(path)?;
-        let rests = matches!(found.body, Body::Unread | Body::Bytes(_)) && !mark.open && !self.writers.contains_key(path);
+        let rests = matches!(found.body, Body::Unread | Body::Bytes(_) | Body::Later) && !mark.open && !self.writers.contains_key(path);
         // What the standby is to know by its name only, it must have.
         let has = |hash| self.view.has_content(hash).unwrap_or(false);
         let rests = rests && (found.body != Body::Unread || found.entry.hash().is_none_or(has));
@@ -491,7 +532,7 @@ impl Engine {
                     self.mark_again(&path);
                     match seen {
                         // The rows it was compared with were not those; what it is, it is.
-                        Seen::Present(found) if matches!(found.body, Body::Unread | Body::Bytes(_)) => {
+                        Seen::Present(found) if matches!(found.body, Body::Unread | Body::Bytes(_) | Body::Later) => {
                             let group = self.group_of_marked(&path);
                             self.sets.keep(&group, path, found);
                         }

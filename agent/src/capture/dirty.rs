@@ -431,7 +431,7 @@ impl DirtySets {
         use twinbox_resync::plan::Body;
         let rests = |(path, seen): (&RelPath, &Seen)| match seen {
             Seen::Present(found) if matches!(found.body, Body::Patch { ahead: Some(_), .. }) => Some((path.clone(), true)),
-            Seen::Present(found) if !same && found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_)) => {
+            Seen::Present(found) if !same && found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_) | Body::Later) => {
                 Some((path.clone(), found.body != Body::Unread))
             }
             Seen::Absent | Seen::Present(_) => None,
@@ -444,7 +444,29 @@ impl DirtySets {
     #[must_use]
     pub fn held_bytes(&self) -> usize {
         let kept = self.kept.values().map(|found| body_weight(found)).sum::<usize>();
-        kept + self.groups.values().map(|g| g.bytes).sum::<usize>()
+        let seen = |seen: &Seen| if let Seen::Present(found) = seen { body_weight(found) } else { 64 };
+        kept + self.groups.values().flat_map(|g| g.captured.values()).map(seen).sum::<usize>()
+    }
+
+    /// Files of these groups whose bytes were let go of.
+    #[must_use]
+    pub fn later(&self, names: &BTreeSet<Group>) -> Vec<(Group, RelPath, Found)> {
+        let later = |seen: &Seen| match seen {
+            Seen::Present(found) if found.body == twinbox_resync::plan::Body::Later => Some((**found).clone()),
+            _ => None,
+        };
+        let of = |name: &Group| {
+            let captured = self.groups.get(name).into_iter().flat_map(|g| &g.captured);
+            captured.filter_map(|(path, seen)| Some((name.clone(), path.clone(), later(seen)?))).collect::<Vec<_>>()
+        };
+        names.iter().flat_map(of).collect()
+    }
+
+    /// They are here again.
+    pub fn fill(&mut self, group: &[u8], path: &RelPath, body: twinbox_resync::plan::Body) {
+        if let Some(Seen::Present(found)) = self.groups.get_mut(group).and_then(|g| g.captured.get_mut(path)) {
+            found.body = body;
+        }
     }
 
     /// Files of these groups that were seen and have more than one name.
@@ -817,10 +839,14 @@ impl DirtySets {
     }
 }
 
-/// Bytes an observation holds in memory.
+/// Bytes an observation holds in memory, or will when it is sent.
 #[must_use]
 pub fn weight(seen: &Seen) -> usize {
-    if let Seen::Present(found) = seen { body_weight(found) } else { 64 }
+    match seen {
+        Seen::Present(found) if found.body == twinbox_resync::plan::Body::Later => body_weight(found) + found.entry.size() as usize,
+        Seen::Present(found) => body_weight(found),
+        _ => 64,
+    }
 }
 
 fn body_weight(found: &Found) -> usize {
@@ -830,7 +856,7 @@ fn body_weight(found: &Found) -> usize {
         Body::Bytes(bytes) => bytes.len(),
         Body::Recipe(segs) => segs.iter().map(|s| if let Seg::Data(d) = s { d.len() } else { 48 }).sum(),
         Body::Patch { writes, .. } => writes.iter().map(|(_, b)| b.len() + 32).sum(),
-        Body::Unread | Body::Staged => 0,
+        Body::Unread | Body::Later | Body::Staged => 0,
     }
 }
 

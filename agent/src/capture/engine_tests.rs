@@ -646,6 +646,30 @@ fn what_was_in_flight_is_sent_again_as_it_was_and_what_was_seen_is_not_read_agai
 }
 
 #[test]
+fn bytes_for_which_there_is_no_room_are_read_again_when_they_are_sent() {
+    let mut rig = started(&["u"]);
+    rig.engine.config.window_bytes = 10_000;
+    for n in 0..40u8 {
+        fs::write(rig.root.join(format!("u/{n}")), vec![n; 2000 + 3000 * usize::from(n % 3)]).unwrap();
+    }
+    fs::write(rig.root.join("u/larger"), vec![7; twinbox_protocol::ops::INLINE_MAX + 5]).unwrap();
+    // Written to in the middle of every round: everything is seen, and nothing cut.
+    let busy = fs::OpenOptions::new().append(true).create(true).open(rig.root.join("u/busy")).unwrap();
+    rig.engine.meanwhile = Some(Box::new(move || (&busy).write_all(b"x").unwrap()));
+    rig.until("all is seen", |r| r.engine.sets.groups().any(|(_, g)| g.captured.len() > 40));
+    let unit: BTreeSet<Group> = [b"u".to_vec()].into();
+    assert!(rig.engine.sets.later(&unit).len() > 20);
+    assert!(rig.engine.sets.held_bytes() < 2 * 10_000 + 42 * 300, "{}", rig.engine.sets.held_bytes());
+    // One of them changes, and another goes, before they are sent.
+    fs::write(rig.root.join("u/38"), b"other").unwrap();
+    fs::remove_file(rig.root.join("u/37")).unwrap();
+    rig.engine.meanwhile = None;
+    rig.settle();
+    rig.check();
+    assert_eq!(rig.engine.sets.later(&unit).len(), 0);
+}
+
+#[test]
 fn a_content_that_cannot_be_sent_again_has_everything_looked_at() {
     let mut rig = started(&["u"]);
     rig.keep();

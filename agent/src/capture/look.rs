@@ -224,7 +224,7 @@ pub fn wait_for_write(file: &impl AsFd) -> Result<(), Errno> {
 }
 
 /// All `len` bytes; `None` when the file is shorter or longer by now.
-fn read_whole(file: &impl AsFd, len: usize) -> Result<Option<Vec<u8>>, Errno> {
+pub(super) fn read_whole(file: &impl AsFd, len: usize) -> Result<Option<Vec<u8>>, Errno> {
     let mut bytes = vec![0; len + 1];
     let mut at = 0;
     while at < bytes.len() {
@@ -330,7 +330,7 @@ pub struct RecipeBuilder<'a> {
 }
 
 /// Data of one segment at most.
-const SEG_DATA_MAX: usize = 256 * 1024;
+pub(super) const SEG_DATA_MAX: usize = 256 * 1024;
 
 impl<'a> RecipeBuilder<'a> {
     /// Chunks are looked for in `base` first, then among `known`.

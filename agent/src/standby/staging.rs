@@ -4,7 +4,7 @@
 //! removes objects pinned at or below it, and those that were let go. Objects that arrived ahead of their txn stay, also when the session ends or the standby is started again, for as long as it is the
 //! same run of the primary that has them sent (`staging/primary` names it): it goes on from there.
 //!
-//! Objects that are finished at the same time are synced together.
+//! The names of objects that are finished at the same time are synced together.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -38,7 +38,6 @@ pub(super) struct Staging {
     objects: Mutex<BTreeMap<ContentHash, Object>>,
     /// The run of a primary whose objects these are.
     primary: Mutex<Option<Incarnation>>,
-    contents: Together,
     names: Together,
     next: AtomicU64,
     /// Objects being written now.
@@ -60,8 +59,8 @@ struct Done {
 }
 
 impl Together {
-    /// Returns when `all` (or, for the only one that waits, `alone`) has run after this was called.
-    fn run(&self, alone: impl FnOnce() -> io::Result<()>, all: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    /// Returns when `work` has run after this was called.
+    fn run(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let ticket = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
         let mut done = lock(&self.done);
         if done.failed {
@@ -71,7 +70,7 @@ impl Together {
             return Ok(());
         }
         let upto = self.asked.load(Ordering::Acquire);
-        let synced = if upto == done.upto + 1 { alone() } else { all() };
+        let synced = work();
         done.failed = synced.is_err();
         done.upto = upto;
         synced
@@ -108,7 +107,6 @@ impl Staging {
             handle: File::open(dir)?,
             objects: Mutex::new(objects),
             primary: Mutex::new(primary),
-            contents: Together::default(),
             names: Together::default(),
             next,
             writing,
@@ -311,7 +309,7 @@ impl Part {
         self.file.set_len(self.size)?;
         self.file.flush()?;
         let staging = self.staging.clone();
-        staging.contents.run(|| self.file.sync_all(), || Ok(rustix::fs::syncfs(&staging.handle)?))?;
+        self.file.sync_all()?;
         {
             let mut objects = lock(&staging.objects);
             fs::rename(&self.path, staging.path(hash))?;
@@ -321,7 +319,7 @@ impl Part {
             objects.entry(hash).or_insert(object).released = false;
         }
         // Known once its name is durable, so that no txn is acknowledged on one that is not.
-        staging.names.run(|| staging.handle.sync_all(), || staging.handle.sync_all())?;
+        staging.names.run(|| staging.handle.sync_all())?;
         if let Some(object) = lock(&staging.objects).get_mut(&hash) {
             object.ready = true;
         }

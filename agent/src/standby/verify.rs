@@ -229,6 +229,11 @@ impl StandbyHandle {
         answer.await.ok()
     }
 
+    /// Asks for a checkpoint: what is asked for after this is answered after it.
+    pub(crate) fn checkpoint(&self) {
+        let _ = self.applier.send(Cmd::Checkpoint);
+    }
+
     /// Brings a path to what its row says, if that and what is there are still what they were; `None` when the standby has stopped.
     pub(crate) async fn mend(&self, mend: Mend) -> Option<Mended> {
         let (reply, answer) = oneshot::channel();

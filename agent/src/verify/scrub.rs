@@ -1,6 +1,6 @@
 //! One run over a mirror: directory by directory in the order of their bytes, so that it can go on where it was cut short.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -81,6 +81,8 @@ struct Run<S> {
     able: Able,
     pace: Pace,
     suspects: VecDeque<Suspect>,
+    /// Directories of which only the time differs: judged at the end, for what was found in one explains it.
+    quiet: Vec<(RelPath, Seen)>,
     since: Instant,
     spent: f64,
     stored: Instant,
@@ -94,7 +96,7 @@ impl<S: Side> Scrub<S> {
     pub(crate) fn run(self) -> Result<Record, VerifyError> {
         let pace = Pace::new(self.rate, self.stop.clone());
         let (now, spent, able) = (Instant::now(), self.record.seconds, self.side.able());
-        let mut run = Run { of: self, able, pace, suspects: VecDeque::new(), since: now, spent, stored: now };
+        let mut run = Run { of: self, able, pace, suspects: VecDeque::new(), quiet: vec![], since: now, spent, stored: now };
         let done = run.everything();
         // What was done until an error is remembered, too.
         let stored = run.store();
@@ -105,6 +107,7 @@ impl<S: Side> Scrub<S> {
 
 impl<S: Side> Run<S> {
     fn everything(&mut self) -> Result<(), VerifyError> {
+        self.of.side.ready()?;
         if self.of.record.cursor.is_none() {
             self.of.record.total = self.of.rows.count()?;
             self.of.record.paths = 1;
@@ -127,6 +130,7 @@ impl<S: Side> Run<S> {
         while !self.suspects.is_empty() && self.goes_on() {
             self.next_look()?;
         }
+        self.judge_quiet()?;
         if self.goes_on() {
             let now = SystemTime::now();
             self.of.record.ended = Some(rfc3339(now));
@@ -153,7 +157,8 @@ impl<S: Side> Run<S> {
     /// Remembers where it is: a run that is cut short after this goes on from here.
     fn store(&mut self) -> Result<(), VerifyError> {
         self.show();
-        self.of.record.suspects = self.suspects.iter().map(|suspect| hex(suspect.path.as_bytes())).collect();
+        let open = self.suspects.iter().map(|suspect| &suspect.path).chain(self.quiet.iter().map(|(path, _)| path));
+        self.of.record.suspects = open.map(|path| hex(path.as_bytes())).collect();
         let stored = self.of.record.store(&self.of.mirror_dir);
         self.of.record.suspects.clear();
         self.stored = Instant::now();
@@ -198,11 +203,12 @@ impl<S: Side> Run<S> {
                     continue; // Excluded since.
                 }
                 self.of.record.paths += 1;
-                if !self.agrees(&path, &row) {
-                    self.suspect(path);
-                } else if row.entry.is_dir() && self.of.rows.is_empty_dir(&path)? {
+                if row.entry.is_dir() && self.of.rows.is_empty_dir(&path)? {
                     // No row is in it, so it is no directory of its own here.
                     self.list(&path).iter().for_each(|name| self.extra(&path, name));
+                }
+                if !self.agrees(&path, &row) {
+                    self.suspect(path);
                 }
                 if !self.goes_on() {
                     // This piece is compared again as a whole.
@@ -363,6 +369,14 @@ impl<S: Side> Run<S> {
         };
         let seen = Seen { row: looked.row, entry, local: found.map(|found| found.local), what };
         if suspect.last.as_ref() == Some(&seen) {
+            let time_only = match (&seen.row, &seen.entry) {
+                (Some(row), Some(entry)) => entry.is_dir() && row.entry == Entry { mtime: row.entry.mtime, ..entry.clone() },
+                _ => false,
+            };
+            if time_only && self.quiet.len() < SUSPECTS_MAX {
+                self.quiet.push((suspect.path, seen));
+                return Ok(());
+            }
             return self.finding(&suspect.path, &seen);
         }
         suspect.last = Some(seen);
@@ -401,6 +415,22 @@ impl<S: Side> Run<S> {
         };
         if let Some(outcome) = repaired {
             self.note(&suspect.path, What::Content, outcome);
+        }
+        Ok(())
+    }
+
+    /// A directory's time is told where nothing that was found in it explains it.
+    fn judge_quiet(&mut self) -> Result<(), VerifyError> {
+        let told = self.of.record.findings.iter().filter(|one| one.what != What::Attributes);
+        let changed: BTreeSet<String> = told.map(|one| one.path.rsplit_once('/').map_or(".", |(dir, _)| dir).to_owned()).collect();
+        for (path, seen) in std::mem::take(&mut self.quiet) {
+            if !self.goes_on() {
+                self.quiet.push((path, seen));
+            } else if !changed.contains(&path.to_string()) {
+                self.finding(&path, &seen)?;
+            } else if self.of.record.repair {
+                self.of.side.repair(&path, &seen)?; // Where that was not done with what was found in it.
+            }
         }
         Ok(())
     }

@@ -46,6 +46,14 @@ pub(super) const MADE: &[u8] = b".twinbox-verify-";
 
 /// One node's half of a mirror.
 pub(crate) trait Side {
+    /// Has rows committed, so that a reader beside their owner sees them.
+    ///
+    /// # Errors
+    /// [`VerifyError::Ended`], [`VerifyError::NotNow`].
+    fn ready(&mut self) -> Result<(), VerifyError> {
+        Ok(())
+    }
+
     /// Looks at paths as the owner of their rows.
     ///
     /// # Errors
@@ -180,6 +188,11 @@ impl Standby {
 }
 
 impl Side for Standby {
+    fn ready(&mut self) -> Result<(), VerifyError> {
+        self.handle.checkpoint();
+        Side::look(self, vec![]).map(drop)
+    }
+
     fn look(&mut self, paths: Vec<RelPath>) -> Result<Vec<Looked>, VerifyError> {
         let looked = self.runtime.block_on(self.handle.look(paths)).ok_or(VerifyError::Ended)?;
         looked.map_err(|error| VerifyError::NotNow(error.to_string()))
