@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use twinbox_tests::disk::{Disk, Format};
-use twinbox_tests::gate::{Need, full, heavy, wait_until};
+use twinbox_tests::gate::{Need, full, heavy, nap, wait_until};
 use twinbox_tests::node::{Node, Pair};
 use twinbox_tests::require;
 use twinbox_tests::rng::{Rng, Seed};
@@ -102,7 +102,8 @@ fn planted_differences_are_found_and_repaired_on_both_sides() {
         let name = format!("user{user}");
         mailbox(&store, &name);
         for message in 0..20 {
-            fs::write(store.join(&name).join("cur").join(format!("{message}.M1P1.host:2,S")), text(&format!("{name} {message}"), 3000)).unwrap();
+            fs::write(store.join(&name).join("cur").join(format!("{message}.M1P1.host:2,S")), text(&format!("{name} {message}"), 3000))
+                .unwrap();
         }
         fs::write(store.join(&name).join("subscriptions"), text(&name, 100)).unwrap();
     }
@@ -158,7 +159,9 @@ fn planted_differences_are_found_and_repaired_on_both_sides() {
     for path in ["user7/cur/10.M1P1.host:2,S", "user7/cur/11.M1P1.host:2,S", "user7/subscriptions", "user0/cur/large", "user2/cur/linked"] {
         rot(&image, &mine(path));
     }
-    for request in [format!("sif <{moded}> mode 0100000"), format!("sif <{timed}> mtime @4096"), "unlink /store/user7/cur/12.M1P1.host:2,S".into()] {
+    for request in
+        [format!("sif <{moded}> mode 0100000"), format!("sif <{timed}> mtime @4096"), "unlink /store/user7/cur/12.M1P1.host:2,S".into()]
+    {
         tool("debugfs", &["-w", "-R", &request, &image.display().to_string()]);
     }
     // What the kernel has of it goes, so that the disk is asked.
@@ -259,7 +262,7 @@ fn work(root: &Path, user: usize, mut rng: Rng, stop: &AtomicBool, done: &Atomic
         }
         n += 1;
         done.fetch_add(1, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(3)); // The load, not a wait: some hundred changes a second in all.
+        nap(Duration::from_millis(3)); // The load, not a wait: some hundred changes a second in all.
     }
 }
 

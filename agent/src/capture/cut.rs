@@ -12,7 +12,6 @@ use twinbox_protocol::entry::Time;
 use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::ops::{FLAG_FUZZY, FLAG_INITIAL, FLAG_PARTIAL, INLINE_MAX, Op, Seg};
 use twinbox_protocol::path::RelPath;
-use twinbox_resync::manifest::REF_MIN;
 use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
 
@@ -421,9 +420,6 @@ impl Engine {
         let mut same = true;
         for (group, path, found) in self.sets.later(unit) {
             let Some(hash) = found.entry.hash() else { continue };
-            if found.entry.size() >= REF_MIN && self.view.has_content(hash)? {
-                continue; // The standby has it by now, or will.
-            }
             let read = || {
                 let file = self.root.file(&path).ok()?;
                 let bytes = read_whole(&file, found.entry.size() as usize).ok()??;

@@ -81,7 +81,8 @@ async fn show(config: &Config, what: &ResyncWhat, bar: &ProgressBar) {
     bar.tick();
 }
 
-fn bar(hidden: bool) -> ProgressBar {
+/// A bar on the terminal, if there is one.
+pub(super) fn bar(hidden: bool) -> ProgressBar {
     let target =
         if hidden || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(5) };
     let bar = ProgressBar::with_draw_target(Some(0), target);

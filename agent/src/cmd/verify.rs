@@ -1,9 +1,8 @@
 //! `twinbox verify`: has the running agent compare its disk with the manifest, and shows how far it is.
 
-use std::io::IsTerminal;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use tokio::signal::ctrl_c;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -70,7 +69,7 @@ pub async fn run(args: &VerifyArgs, quiet: bool) -> Result<ExitCode, Failure> {
 async fn one(config: &Config, args: &VerifyArgs, mirror: &str, quiet: bool) -> Result<(Record, bool), Failure> {
     let request =
         Request::Verify(Verify { mirror: Some(mirror.to_owned()), repair: args.repair, rate: args.rate, anew: args.from_the_beginning });
-    let bar = bar(quiet || args.json);
+    let bar = super::resync::bar(quiet || args.json);
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let answer = admin::request(&config.state, request, TIMEOUT);
@@ -88,8 +87,9 @@ async fn one(config: &Config, args: &VerifyArgs, mirror: &str, quiet: bool) -> R
     };
     bar.finish_and_clear();
     let record = answer.map_err(super::switch::failure)?;
-    let record = serde_json::from_value(record)
-        .map_err(|error| Failure::new(ExitCode::Failure, format!("the agent's answer makes no sense to this command ({error}): is it of the same version?")))?;
+    let record = serde_json::from_value(record).map_err(|error| {
+        Failure::new(ExitCode::Failure, format!("the agent's answer makes no sense to this command ({error}): is it of the same version?"))
+    })?;
     Ok((record, interrupted))
 }
 
@@ -135,14 +135,4 @@ fn tell(record: &Record, quiet: bool) {
     };
     let busy = if record.busy > 0 { format!("; {} paths changed at every look", record.busy) } else { String::new() };
     println!("{} ({side}): {compared}, LSN {}: {found}{busy}.", record.mirror, record.lsn);
-}
-
-fn bar(hidden: bool) -> ProgressBar {
-    let target =
-        if hidden || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(5) };
-    let bar = ProgressBar::with_draw_target(Some(0), target);
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {bar:30} {wide_msg}") {
-        bar.set_style(style);
-    }
-    bar
 }

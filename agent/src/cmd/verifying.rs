@@ -15,8 +15,8 @@ use crate::roles::{MirrorSpec, Running, mirror_dir};
 use crate::standby::replica::Replica;
 use crate::status::MirrorStatus;
 use crate::tree::Root;
-use crate::verify::sides::{Primary, Standby};
 use crate::verify::scrub::AGAIN;
+use crate::verify::sides::{Primary, Standby};
 use crate::verify::{Record, Scrub, Stop, VerifyError};
 
 /// How long the schedule leaves a mirror alone whose run ended, was stopped or could not begin.
@@ -154,7 +154,10 @@ impl Agent {
             }
         };
         if !complete {
-            return Err(refused(spec, "its first sync, or a full comparison after an outage, is not through: there is nothing to compare with yet"));
+            return Err(refused(
+                spec,
+                "its first sync, or a full comparison after an outage, is not through: there is nothing to compare with yet",
+            ));
         }
         let mirror_dir = mirror_dir(&self.state, &spec.name);
         let (stop, shown) = {
@@ -163,7 +166,10 @@ impl Agent {
                 return Err(refused(spec, "the agent is stopping"));
             }
             if runs.contains_key(&spec.name) {
-                return Err(refused(spec, "a verify is under way already: `twinbox status` shows how far it is, `twinbox verify --stop` ends it"));
+                return Err(refused(
+                    spec,
+                    "a verify is under way already: `twinbox status` shows how far it is, `twinbox verify --stop` ends it",
+                ));
             }
             let earlier = Record::load(&mirror_dir);
             let record = Record::begin(&spec.name, &self.node, role, verify.repair, scheduled, earlier.as_ref());

@@ -10,7 +10,8 @@ use toml::de::DeTable;
 use super::problem::{Located, ProblemKind, line_column};
 use super::reader::{Reader, Span};
 use super::{
-    Config, DEFAULT_PORT, DEFAULT_SWEEP, FenceSocket, LIMITS, Limits, Log, LogFormat, LogLevel, Mirror, Peer, Role, TABLES_MAX, Verify, paths,
+    Config, DEFAULT_PORT, DEFAULT_SWEEP, FenceSocket, LIMITS, Limits, Log, LogFormat, LogLevel, Mirror, Peer, Role, TABLES_MAX, Verify,
+    paths,
 };
 use crate::duration::{duration_text, parse_duration};
 use crate::glob::Glob;

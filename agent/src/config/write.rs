@@ -90,7 +90,10 @@ impl Config {
             }
             writeln!(out, "timeout = {}", quoted(&duration_text(self.hooks.timeout)))?;
         }
-        writeln!(out, "\n# How often this disk is read in full and compared with what it should hold (`twinbox verify`); without interval: never.")?;
+        writeln!(
+            out,
+            "\n# How often this disk is read in full and compared with what it should hold (`twinbox verify`); without interval: never."
+        )?;
         let commented = if self.verify.interval.is_none() { "# " } else { "" };
         let interval = self.verify.interval.unwrap_or(Duration::from_secs(30 * 24 * 3600));
         writeln!(out, "{commented}[verify]\n{commented}interval = {}", quoted(&duration_text(interval)))?;

@@ -47,9 +47,9 @@ pub use error::{Refusal, StandbyError};
 pub use object::ObjectWriter;
 use receiver::Event;
 pub use shared::StandbyStatus;
-pub(crate) use verify::{How, Mend, Mended};
 use shared::{OBJECTS_MAX, SessionShared, Shared};
 use staging::Staging;
+pub(crate) use verify::{How, Mend, Mended};
 
 /// What a standby needs to know.
 pub struct StandbyConfig {

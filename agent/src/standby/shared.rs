@@ -11,8 +11,8 @@ use std::time::SystemTime;
 
 use tokio::sync::{Semaphore, mpsc, watch};
 use twinbox_protocol::ids::{ContentHash, Lsn};
-use twinbox_protocol::path::RelPath;
 use twinbox_protocol::msg::{Position, ToPrimary};
+use twinbox_protocol::path::RelPath;
 
 use super::error::StandbyError;
 

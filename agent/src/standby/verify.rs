@@ -172,7 +172,10 @@ impl Applier {
                 // Other names of what was there.
                 if let Some(was) = stat.filter(|stat| stat.st_nlink > 1 && !is_dir(stat)) {
                     for other in self.names_of(was.st_ino)? {
-                        let known = self.manifest.row(&other)?.is_some_and(|row| row.entry == entry && row.local.is_some_and(|l| l.ino == was.st_ino));
+                        let known = self
+                            .manifest
+                            .row(&other)?
+                            .is_some_and(|row| row.entry == entry && row.local.is_some_and(|l| l.ino == was.st_ino));
                         let here = self.replica.stat(&other).map_err(at(&other))?;
                         if other != *path && known && here.is_some_and(|stat| stat.st_ino == was.st_ino) {
                             self.replica.link(path, &other).map_err(at(&other))?;

@@ -5,7 +5,7 @@
 //! listing, stat, bytes from the disk ───────┴▶ differ? ▶ suspect ▶ owner's look ▶ once more ▶ the same each time? ▶ finding ▶ mend
 //! ```
 //! A suspect is looked at twice more, a second apart, by whoever owns its row: on a standby the applier, between two txns; on a primary the capture, which knows what is changing. Only what is the same
-//! each time, row and disk, is a finding. Paced, stopped and continued at any directory ([`scrub`]); [`judge`] is pure; [`sides`] ask the owners and mend; [`record`] is what is remembered of it.
+//! each time, row and disk, is a finding. Paced, stopped and continued at any directory (`scrub`); `judge` is pure; `sides` ask the owners and mend; `record` is what is remembered of it.
 //!
 //! Does not compare what no row knows of because it is excluded.
 

@@ -1,52 +1,57 @@
 //! How fast disks are read for `verify`, and how it is stopped.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 /// What may be read at once after a rest.
 const BURST: Duration = Duration::from_millis(100);
-/// How often a thread that waits looks whether it is to end.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// Ends a running `verify`, from anywhere.
 #[derive(Clone, Debug)]
-pub struct Stop(Arc<watch::Sender<bool>>);
+pub struct Stop(Arc<Stopping>);
+
+#[derive(Debug)]
+struct Stopping {
+    /// For those who await it,
+    told: watch::Sender<bool>,
+    /// and for threads that wait.
+    stopped: Mutex<bool>,
+    changed: Condvar,
+}
 
 impl Default for Stop {
     fn default() -> Self {
-        Stop(Arc::new(watch::Sender::new(false)))
+        Stop(Arc::new(Stopping { told: watch::Sender::new(false), stopped: Mutex::default(), changed: Condvar::new() }))
     }
 }
 
 impl Stop {
     /// It is to end; it can be continued later.
     pub fn stop(&self) {
-        self.0.send_replace(true);
+        *self.0.stopped.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.changed.notify_all();
+        self.0.told.send_replace(true);
     }
 
     /// Whether it is to end.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
-        *self.0.borrow()
+        *self.0.told.borrow()
     }
 
     /// Resolves when it is to end.
     pub(super) async fn stopped(&self) {
-        let mut stop = self.0.subscribe();
-        let _ = stop.wait_for(|stopped| *stopped).await; // Its sender is ours.
+        let mut told = self.0.told.subscribe();
+        let _ = told.wait_for(|stopped| *stopped).await; // Its sender is ours.
     }
 
     /// Waits until then, or until it is to end.
     pub(super) fn wait_until(&self, until: Instant) {
-        while !self.is_stopped() {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            std::thread::sleep(left.min(LOOK));
-        }
+        let stopped = self.0.stopped.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = until.saturating_duration_since(Instant::now());
+        drop(self.0.changed.wait_timeout_while(stopped, left, |stopped| !*stopped));
     }
 }
 

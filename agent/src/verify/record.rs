@@ -7,8 +7,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use twinbox_protocol::path::RelPath;
 
-use super::judge::What;
 use super::VerifyError;
+use super::judge::What;
 use crate::config::Role;
 use crate::status::rfc3339;
 

@@ -144,7 +144,9 @@ impl<S: Side> Run<S> {
     /// What an earlier run that was killed left in the root.
     fn clear(&mut self) -> Result<(), VerifyError> {
         self.is_in_place()?;
-        for path in self.list(&RelPath::root()).into_iter().filter(|name| name.starts_with(MADE)).filter_map(|name| RelPath::new(&name).ok()) {
+        for path in
+            self.list(&RelPath::root()).into_iter().filter(|name| name.starts_with(MADE)).filter_map(|name| RelPath::new(&name).ok())
+        {
             self.of.side.left_behind(&path);
         }
         Ok(())
@@ -408,7 +410,8 @@ impl<S: Side> Run<S> {
         tracing::error!(error = %std::io::Error::from(source), "a file cannot be read");
         self.of.record.unreadable += 1;
         let medium = matches!(source, Errno::IO | Errno::BADMSG | Errno::UCLEAN);
-        let seen = found.filter(|_| medium && row.is_some()).map(|(entry, local)| Seen { row, entry, local: Some(local), what: What::Content });
+        let seen =
+            found.filter(|_| medium && row.is_some()).map(|(entry, local)| Seen { row, entry, local: Some(local), what: What::Content });
         let repaired = match seen.filter(|_| self.of.record.repair) {
             Some(seen) => self.of.side.repair(&suspect.path, &seen)?,
             None => Some(Outcome::Failed { why: std::io::Error::from(source).to_string() }),

@@ -386,7 +386,9 @@ impl Primary {
         match self.replica.root.probe(file.as_fd()) {
             Probe::Quiet => Ok(true),
             Probe::Writer => Ok(false),
-            Probe::Unable => Err(no("this file system does not tell whether somebody writes to it: stop the mail server, and put it back by hand")),
+            Probe::Unable => {
+                Err(no("this file system does not tell whether somebody writes to it: stop the mail server, and put it back by hand"))
+            }
         }
     }
 
@@ -549,7 +551,9 @@ impl Side for Primary {
         // The disk first: what changed before this look, the capture has taken out of its queue when it answers.
         let found: Vec<Result<Option<Found>, Errno>> = paths.iter().map(|path| look(&self.replica.root, path)).collect();
         let known = self.runtime.block_on(self.capture.ask(|reply| Command::Known(paths, reply))).ok_or(VerifyError::Ended)?;
-        let known = known.ok_or_else(|| VerifyError::NotNow("the standby is being brought up to date, or too much has changed while it was away".into()))?;
+        let known = known.ok_or_else(|| {
+            VerifyError::NotNow("the standby is being brought up to date, or too much has changed while it was away".into())
+        })?;
         let one = |(known, found): (crate::capture::verify::Known, Result<Option<Found>, Errno>)| Looked {
             row: known.row,
             // Row and disk differ because it cannot be read.
@@ -572,7 +576,9 @@ impl Side for Primary {
     fn left_behind(&mut self, path: &RelPath) {
         match self.rescue.take(&mut self.replica, path, Why::Verify) {
             Ok(kept) => tracing::warn!(kept = %kept.display(), "a verify that was cut short had left this: it is kept"),
-            Err(error) => tracing::error!(%error, "a verify that was cut short has left something under a name of ours in the root that cannot be moved to rescue"),
+            Err(error) => {
+                tracing::error!(%error, "a verify that was cut short has left something under a name of ours in the root that cannot be moved to rescue")
+            }
         }
         self.replica.dirs.clear();
     }

@@ -41,11 +41,8 @@ impl Side for Owner {
     fn look(&mut self, paths: Vec<RelPath>) -> Result<Vec<Looked>, VerifyError> {
         self.looks += 1;
         (self.before)(self.looks);
-        let one = |path: &RelPath| Looked {
-            row: self.rows.row(path).unwrap(),
-            found: look(&self.root, path),
-            busy: self.busy.contains(path),
-        };
+        let one =
+            |path: &RelPath| Looked { row: self.rows.row(path).unwrap(), found: look(&self.root, path), busy: self.busy.contains(path) };
         Ok(paths.iter().map(one).collect())
     }
 
@@ -257,7 +254,11 @@ fn a_run_that_is_stopped_anywhere_goes_on_and_tells_each_once() {
         let stop = Stop::default();
         let stopper = stop.clone();
         // Stopped at one look or the next: each run gets a little further.
-        let scrub = world.scrub(record, stop, move |looks| if looks > runs { stopper.stop() });
+        let scrub = world.scrub(record, stop, move |looks| {
+            if looks > runs {
+                stopper.stop()
+            }
+        });
         record = scrub.run().unwrap();
         runs += 1;
         assert!(runs < 60, "it gets nowhere: {record:?}");

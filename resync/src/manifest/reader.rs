@@ -23,8 +23,7 @@ impl Reader {
     /// [`StateError`].
     pub fn open(path: &Path) -> Result<Self, StateError> {
         let sorted = |error: rusqlite::Error| StateError::from_sqlite(path, &error, ADVICE);
-        let db =
-            Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(sorted)?;
+        let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(sorted)?;
         db.busy_timeout(Duration::from_secs(10)).map_err(sorted)?;
         db.execute_batch("PRAGMA query_only=1; PRAGMA cache_size=-2048;").map_err(sorted)?;
         Ok(Reader { db, path: path.into() })
@@ -116,7 +115,10 @@ mod tests {
         let mut want = all[1..].to_vec();
         want.sort_unstable();
         assert_eq!(found, want, "committed ones, the root's own aside");
-        assert_eq!((reader.count().unwrap(), reader.is_empty_dir(&at("a/1")).unwrap(), reader.is_empty_dir(&at("b")).unwrap()), (9, true, false));
+        assert_eq!(
+            (reader.count().unwrap(), reader.is_empty_dir(&at("a/1")).unwrap(), reader.is_empty_dir(&at("b")).unwrap()),
+            (9, true, false)
+        );
         owner.commit(Position::START).unwrap();
         assert_eq!(reader.children_after(&at("a"), b"3", 9).unwrap().len(), 1);
     }
