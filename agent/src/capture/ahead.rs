@@ -370,6 +370,12 @@ impl Engine {
         dropped.into_iter().for_each(|ahead| self.unstage(ahead.hash));
     }
 
+    /// Nothing that was staged ahead is pending any more.
+    pub(super) fn drop_all_ahead(&mut self) {
+        let all = std::mem::take(&mut self.bulk.ahead);
+        all.into_values().for_each(|ahead| self.unstage(ahead.hash));
+    }
+
     /// What was staged for a path is not wanted.
     pub(super) fn ahead_in_vain(&mut self, path: &RelPath) {
         if let Some(ahead) = self.bulk.ahead.remove(path) {

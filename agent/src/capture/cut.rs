@@ -125,7 +125,8 @@ impl Engine {
                 continue;
             }
             judged.extend(unit.iter().cloned());
-            if self.is_cut(&unit) && self.read_again(&unit)? {
+            // Each unit that is cut fills the window.
+            if self.is_cut(&unit) && self.can_cut() && self.read_again(&unit)? {
                 self.pace.cuts += 1;
                 committed |= self.commit(&unit, 0)?;
             } else if self.is_overdue(&unit) && !self.leaves_for_another(&unit) {

@@ -666,6 +666,7 @@ impl Engine {
         self.sets.clear();
         self.fresh.clear();
         self.larges.clear();
+        self.drop_all_ahead();
         self.scan.clear();
         self.restart_waiters();
         if self.session.is_some() {

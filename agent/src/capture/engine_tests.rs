@@ -1114,6 +1114,34 @@ fn a_pull_the_standby_never_heard_the_end_of_is_no_other_history() {
 }
 
 #[test]
+fn a_pull_that_was_cut_short_leaves_nothing_behind() {
+    let mut rig = started(&["u"]);
+    fs::write(rig.root.join("u/x"), b"1").unwrap();
+    rig.settle();
+    rig.disconnect();
+    let hello = |rig: &mut Rig| {
+        let (reply, mut answer) = oneshot::channel();
+        rig.engine.command(Command::Hello(reply)).unwrap();
+        answer.try_recv().unwrap()
+    };
+    let first = hello(&mut rig);
+    let (position, digest) = (first.position, Digest([7; 4]));
+    let replica =
+        Replica::Holds { lineage: first.lineage.clone(), epoch: first.epoch, position, digest, chain_at_yours: Some(position.chain) };
+    let (reply, mut answer) = oneshot::channel();
+    rig.engine.command(Command::Welcome(Box::new(testing::welcome(first.chunker.clone(), replica)), reply)).unwrap();
+    assert!(matches!(answer.try_recv().unwrap(), Ok(Step::Pull(_))));
+    // One of its rows has come when the link is lost.
+    let entry = rig.replica.row(&p("u/x")).unwrap().unwrap().entry;
+    rig.engine.command(Command::Rows(vec![(p("u/y"), Some(entry)), (p("u/x"), None)])).unwrap();
+    let again = hello(&mut rig);
+    assert_eq!((again.digest, again.position), (first.digest, first.position));
+    rig.connect();
+    rig.settle();
+    rig.check();
+}
+
+#[test]
 fn a_first_sync_ends_though_mail_keeps_coming() {
     let mut rig = Rig::new();
     fs::create_dir(rig.root.join("u")).unwrap();

@@ -68,7 +68,7 @@ impl Engine {
         let known = &self.config.known;
         let heard_of = self.accepted || known.epoch > known.lineage.last().epoch;
         let alone = self.session.is_none() && self.greeting.is_none() && self.complete && heard_of;
-        let changed = || self.collapsed || self.sets.dirty_count() > 0 || self.outbox.in_flight().next().is_some();
+        let changed = || self.collapsed || self.sets.pending() > 0 || self.outbox.in_flight().next().is_some();
         if alone && changed() { self.mint() } else { Ok(()) }
     }
 
@@ -177,6 +177,7 @@ impl Engine {
                 self.sets.clear();
                 self.fresh.clear();
                 self.larges.clear();
+                self.drop_all_ahead();
                 paths.iter().for_each(|path| self.mark(path, true, true, false));
                 self.restart_waiters();
                 self.scan.push(RelPath::root());
@@ -195,6 +196,11 @@ impl Engine {
 
     fn hello(&mut self) -> Result<Hello, CaptureError> {
         self.down(None);
+        if self.pull.take().is_some() {
+            // Cut short: half of what the standby has is no memory of it, whatever its digest.
+            let undone = self.view.replace(twinbox_resync::manifest::Manifest::roll_back);
+            undone.map_err(|e| self.view.manifest().state_error(&e))?;
+        }
         if self.config.known.epoch > self.config.known.lineage.last().epoch {
             // Promoted: what is shipped from here on is this node's.
             self.mint()?;
@@ -233,7 +239,6 @@ impl Engine {
     }
 
     fn welcome(&mut self, welcome: &Welcome) -> Result<Result<Step, Refusal>, CaptureError> {
-        self.pull = None;
         let relation = self.relation(welcome)?;
         if let (Replica::Holds { position, .. }, Relation::Same | Relation::Ahead | Relation::Behind) = (&welcome.replica, relation)
             && position.lsn >= self.outbox.next_lsn()

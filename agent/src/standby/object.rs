@@ -132,6 +132,7 @@ fn write(
         if let Ok(stat) = rustix::fs::statvfs(staging.dir()) {
             let free = stat.f_bavail.saturating_mul(stat.f_frsize);
             if free < RESERVE {
+                staging.make_room();
                 return Err(StandbyError::Full { path: staging.dir().into(), free: free >> 20, need: RESERVE >> 20 });
             }
         }

@@ -56,6 +56,7 @@ impl Receiving {
                 let error = StandbyError::Full { path: path.clone(), free: free >> 20, need: need.div_ceil(1 << 20) };
                 self.shared.problem(error.to_string());
                 self.room.plenty = None;
+                self.staging.make_room();
                 return Err(error);
             }
             least = least.min(free);

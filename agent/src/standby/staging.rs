@@ -29,6 +29,10 @@ struct Object {
     released: bool,
     /// Its name is durable.
     ready: bool,
+    /// Said to be here once more since it was pinned: for another txn.
+    again: bool,
+    /// Who is making its name durable.
+    writers: u32,
 }
 
 /// See the module's text.
@@ -95,16 +99,22 @@ impl Staging {
             let item = item?;
             match item.file_name().to_str().and_then(hash_of_name) {
                 Some(hash) => {
-                    objects.insert(hash, Object { size: item.metadata()?.len(), pin: None, released: false, ready: true });
+                    objects.insert(
+                        hash,
+                        Object { size: item.metadata()?.len(), pin: None, released: false, ready: true, again: false, writers: 0 },
+                    );
                 }
                 None if item.file_name() == PRIMARY => primary = fs::read(item.path())?.try_into().ok().map(Incarnation),
                 None => fs::remove_file(item.path())?,
             }
         }
         let (next, writing) = (AtomicU64::new(0), AtomicUsize::new(0));
+        let handle = File::open(dir)?;
+        // Of a name that was given before a kill nobody knows whether it is durable.
+        handle.sync_all()?;
         Ok(Staging {
             dir: dir.into(),
-            handle: File::open(dir)?,
+            handle,
             objects: Mutex::new(objects),
             primary: Mutex::new(primary),
             names: Together::default(),
@@ -122,6 +132,7 @@ impl Staging {
             return;
         }
         objects.values_mut().for_each(|object| object.released = true);
+        self.remove(&mut objects, |object| object.pin.is_none());
         if *primary != Some(run) {
             // Not remembered, or not durably, it is another run next time: no more than that.
             *primary = Some(run);
@@ -129,6 +140,21 @@ impl Staging {
                 tracing::warn!(%error, "cannot note whose contents are staged");
             }
         }
+    }
+
+    /// The disk is full: what no txn has named goes at once. Where it is named after all, it is asked for again.
+    pub(super) fn make_room(&self) {
+        self.remove(&mut lock(&self.objects), |object| object.pin.is_none());
+    }
+
+    fn remove(&self, objects: &mut BTreeMap<ContentHash, Object>, which: impl Fn(&Object) -> bool) {
+        objects.retain(|hash, object| {
+            let keep = object.writers > 0 || !which(object);
+            if !keep && let Err(error) = fs::remove_file(self.dir.join(hash.to_string())) {
+                tracing::warn!(%error, "cannot remove a staged object");
+            }
+            keep
+        });
     }
 
     /// Lets go of what `known` says is elsewhere.
@@ -159,13 +185,18 @@ impl Staging {
     /// Whether an object is here; it is wanted again then.
     fn is_here(&self, hash: ContentHash) -> bool {
         let mut objects = lock(&self.objects);
-        objects.get_mut(&hash).filter(|object| object.ready).map(|object| object.released = false).is_some()
+        let here = objects.get_mut(&hash).filter(|object| object.ready);
+        here.map(|object| (object.released, object.again) = (false, object.pin.is_some())).is_some()
     }
 
     /// Keeps an object until the checkpoint passes `lsn`; `false` when it is not there.
     pub(super) fn pin(&self, hash: ContentHash, lsn: Lsn) -> bool {
         let mut objects = lock(&self.objects);
-        objects.get_mut(&hash).filter(|object| object.ready).map(|object| object.pin = object.pin.max(Some(lsn))).is_some()
+        objects
+            .get_mut(&hash)
+            .filter(|object| object.ready)
+            .map(|object| (object.pin, object.again) = (object.pin.max(Some(lsn)), false))
+            .is_some()
     }
 
     /// Bytes an object takes on disk; 0 when it is not there.
@@ -190,13 +221,10 @@ impl Staging {
     /// The checkpoint has passed `lsn`; objects that are not pinned stay unless they were let go.
     pub(super) fn prune(&self, lsn: Lsn) {
         let mut objects = lock(&self.objects);
-        objects.retain(|hash, object| {
-            let keep = !object.ready || object.pin.map_or(!object.released, |pin| pin > lsn);
-            if !keep && let Err(error) = fs::remove_file(self.dir.join(hash.to_string())) {
-                tracing::warn!(%error, "cannot remove a staged object");
-            }
-            keep
-        });
+        for object in objects.values_mut().filter(|object| object.again && object.pin.is_some_and(|pin| pin <= lsn)) {
+            (object.pin, object.again) = (None, false);
+        }
+        self.remove(&mut objects, |object| object.pin.map_or(object.released, |pin| pin <= lsn));
     }
 
     /// Begins an object.
@@ -315,15 +343,19 @@ impl Part {
             fs::rename(&self.path, staging.path(hash))?;
             self.done = true;
             // Not yet there for anybody, nor for a checkpoint to remove.
-            let object = Object { size, pin: None, released: false, ready: false };
-            objects.entry(hash).or_insert(object).released = false;
+            let object = Object { size, pin: None, released: false, ready: false, again: false, writers: 0 };
+            let object = objects.entry(hash).or_insert(object);
+            object.released = false;
+            object.writers += 1;
         }
         // Known once its name is durable, so that no txn is acknowledged on one that is not.
-        staging.names.run(|| staging.handle.sync_all())?;
+        let synced = staging.names.run(|| staging.handle.sync_all());
         if let Some(object) = lock(&staging.objects).get_mut(&hash) {
-            object.ready = true;
+            object.writers -= 1;
+            object.ready |= synced.is_ok();
+            object.again |= object.pin.is_some();
         }
-        Ok(Finished::Staged)
+        synced.map(|()| Finished::Staged)
     }
 }
 

@@ -30,9 +30,9 @@ impl Default for Stop {
 impl Stop {
     /// It is to end; it can be continued later.
     pub fn stop(&self) {
+        self.0.told.send_replace(true);
         *self.0.stopped.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.0.changed.notify_all();
-        self.0.told.send_replace(true);
     }
 
     /// Whether it is to end.
