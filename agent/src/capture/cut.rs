@@ -50,10 +50,12 @@ const LATENCIES: usize = 1000;
 impl Engine {
     /// Whether cuts can be taken at all now.
     pub(super) fn can_cut(&self) -> bool {
-        self.session.is_some()
-            && self.outbox.bytes_in_flight() < self.config.window_bytes
-            && self.outbox.in_flight().len() < FLIGHTS_MAX
-            && (!self.complete || self.scan.is_done())
+        self.session.is_some() && self.has_window() && (!self.complete || self.scan.is_done())
+    }
+
+    /// Whether more may be in flight.
+    fn has_window(&self) -> bool {
+        self.outbox.bytes_in_flight() < self.config.window_bytes && self.outbox.in_flight().len() < FLIGHTS_MAX
     }
 
     /// One round; `true` when it should go on at once.
@@ -126,7 +128,7 @@ impl Engine {
             }
             judged.extend(unit.iter().cloned());
             // Each unit that is cut fills the window.
-            if self.is_cut(&unit) && self.can_cut() && self.read_again(&unit)? {
+            if self.is_cut(&unit) && self.has_window() && self.read_again(&unit)? {
                 self.pace.cuts += 1;
                 committed |= self.commit(&unit, 0)?;
             } else if self.is_overdue(&unit) && !self.leaves_for_another(&unit) {
