@@ -148,6 +148,7 @@ impl Bulk {
     pub(super) fn session_ended(&mut self) {
         self.queues.iter_mut().for_each(VecDeque::clear);
         self.open.clear();
+        self.ahead.clear(); // The standby lets go of it by itself; what is in flight is still named.
         self.awaiting.clear();
         self.early.clear();
         self.misses.clear();
@@ -156,11 +157,6 @@ impl Bulk {
     /// No txn that is in flight names anything any more.
     pub(super) fn forget_named(&mut self) {
         self.named.clear();
-    }
-
-    /// What was staged before may not be there.
-    pub(super) fn forget_ahead(&mut self) {
-        self.ahead.clear();
     }
 
     fn next_id(&mut self) -> JobId {

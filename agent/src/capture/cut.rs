@@ -29,6 +29,8 @@ const ROUND_BYTES: usize = 8 * 1024 * 1024;
 const GROUP_BYTES: usize = 32 * 1024 * 1024;
 /// When all groups together hold so many windows, bytes are read twice: to know them, and when they are sent.
 const WINDOWS_HELD: usize = 2;
+/// How often these bytes are counted.
+const HELD_EVERY: Duration = Duration::from_millis(200);
 /// A file somebody is writing is left alone until it was quiet for this long,
 const SETTLE: Duration = Duration::from_millis(4);
 /// but not longer than this.
@@ -86,7 +88,10 @@ impl Engine {
         let mut groups: Vec<(Option<Instant>, Group)> = self.sets.groups().map(|(name, g)| (g.since, name.clone())).collect();
         groups.sort();
         self.sets.start_round();
-        self.held_bytes = self.sets.held_bytes();
+        // Counting costs as much as there is: not each time. In between it only grows, and who has less room than there is reads a file twice.
+        if now.duration_since(self.held_at) >= HELD_EVERY {
+            (self.held_bytes, self.held_at) = (self.sets.held_bytes(), now);
+        }
         let (mut files, mut bytes, mut taken) = (0, 0, BTreeSet::new());
         let mut parents = BTreeSet::new();
         let mut units: Vec<BTreeSet<Group>> = vec![];

@@ -248,6 +248,7 @@ pub(super) struct Engine {
     pub(super) doubt: bool,
     /// Bytes of observations held when the round began, and read since.
     pub(super) held_bytes: usize,
+    pub(super) held_at: Instant,
     events: Vec<Event>,
     receiver: Receiver<Command>,
     wake: Arc<OwnedFd>,
@@ -373,6 +374,7 @@ impl Engine {
             fruitless: 0,
             doubt: false,
             held_bytes: 0,
+            held_at: now,
             events: vec![],
             receiver,
             wake,

@@ -459,7 +459,6 @@ impl Engine {
         if !same {
             self.fruitless = 0;
             self.sets.keep_bytes_only();
-            self.bulk.forget_ahead();
         }
         for (path, content) in self.sets.on_the_standby(same) {
             self.larges.remove(&path);

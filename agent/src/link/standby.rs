@@ -280,7 +280,6 @@ impl Server {
                         }
                         ToStandby::Begin { from, reset } if session.is_none() => {
                             self.adopt_history(&hello, served, reset)?;
-                            served.handle.staged_by(hello.incarnation);
                             let begun = served.handle.begin(from, reset, out.clone()).await?;
                             let begun = Arc::new(begun);
                             if let Ok(mut all) = sessions.lock() {

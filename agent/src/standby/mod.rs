@@ -37,7 +37,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::oneshot;
 use twinbox_protocol::codec::{DecodeError, LOG_FRAME_MAX};
-use twinbox_protocol::ids::{ContentHash, Epoch, Incarnation, Lsn};
+use twinbox_protocol::ids::{ContentHash, Epoch, Lsn};
 use twinbox_protocol::lineage::Lineage;
 use twinbox_protocol::msg::{Hello, Position, Replica, ToPrimary};
 use twinbox_resync::node::MirrorState;
@@ -66,9 +66,6 @@ pub struct StandbyConfig {
     /// Called when the first sync becomes complete, or a new one begins; on the applier's thread.
     pub on_complete: Box<dyn Fn(bool) + Send>,
 }
-
-/// More than this that no txn has named is not kept from one session to the next.
-const STAGED_AHEAD_MAX: u64 = 4 << 30;
 
 /// A running standby; owns its threads. Dropped or stopped, it applies what is durable and makes a last checkpoint.
 pub struct Standby {
@@ -140,11 +137,6 @@ impl StandbyHandle {
         let stopped = || Refusal::failed(&StandbyError::Stopped);
         self.events.send(Event::Hello { hello: Box::new(hello.clone()), reply }).map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?
-    }
-
-    /// A session with this run of a primary is about to begin: what it had sent ahead in an earlier one is still there.
-    pub fn staged_by(&self, run: Incarnation) {
-        self.staging.follow(run, STAGED_AHEAD_MAX);
     }
 
     /// Notes the history this node follows, for later hellos; the caller has stored it (in `state.db`) before.

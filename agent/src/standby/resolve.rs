@@ -97,6 +97,7 @@ impl Receiving {
             Some(staged) if staged == size && size <= INLINE_MAX as u64 => {
                 let mut bytes = vec![0; size as usize];
                 self.staging.object(hash).and_then(|file| file.read_exact_at(&mut bytes, 0)).map_err(failed)?;
+                self.staging.release(hash); // The record has it.
                 Ok((ContentHash::of(&bytes) == hash).then(|| Content::Inline(ByteBuf::from(bytes))))
             }
             Some(staged) if staged == size => Ok(self.staging.pin(hash, lsn).then_some(Content::Staged)),

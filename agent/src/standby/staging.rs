@@ -1,8 +1,7 @@
 //! Contents kept beside the replica until the checkpoint has passed the last txn that uses them.
 //!
 //! `staging/<hash hex>` is whole and fsynced, `*.part` is being written. A txn that uses an object pins it with its LSN *before* its record is written; a checkpoint
-//! removes objects pinned at or below it, and those that were let go. Objects that arrived ahead of their txn stay, also when the session ends or the standby is started again, for as long as it is the
-//! same run of the primary that has them sent (`staging/primary` names it): it goes on from there.
+//! removes objects pinned at or below it, and those that were let go. A session that begins lets go of what earlier ones had sent ahead, but does not remove it: txns that are sent again at once find what they name.
 //!
 //! The names of objects that are finished at the same time are synced together.
 
@@ -16,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use twinbox_protocol::ids::{ContentHash, Incarnation, Lsn};
+use twinbox_protocol::ids::{ContentHash, Lsn};
 
 use super::copy;
 use super::shared::lock;
@@ -40,8 +39,6 @@ pub(super) struct Staging {
     dir: PathBuf,
     handle: File,
     objects: Mutex<BTreeMap<ContentHash, Object>>,
-    /// The run of a primary whose objects these are.
-    primary: Mutex<Option<Incarnation>>,
     names: Together,
     next: AtomicU64,
     /// Objects being written now.
@@ -81,9 +78,6 @@ impl Together {
     }
 }
 
-/// Names the run of the primary.
-const PRIMARY: &str = "primary";
-
 fn hash_of_name(name: &str) -> Option<ContentHash> {
     let bytes = data_encoding::HEXLOWER.decode(name.as_bytes()).ok()?;
     Some(ContentHash(bytes.try_into().ok()?))
@@ -94,7 +88,6 @@ impl Staging {
     pub(super) fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let mut objects = BTreeMap::new();
-        let mut primary = None;
         for item in fs::read_dir(dir)? {
             let item = item?;
             match item.file_name().to_str().and_then(hash_of_name) {
@@ -104,7 +97,6 @@ impl Staging {
                         Object { size: item.metadata()?.len(), pin: None, released: false, ready: true, again: false, writers: 0 },
                     );
                 }
-                None if item.file_name() == PRIMARY => primary = fs::read(item.path())?.try_into().ok().map(Incarnation),
                 None => fs::remove_file(item.path())?,
             }
         }
@@ -112,34 +104,12 @@ impl Staging {
         let handle = File::open(dir)?;
         // Of a name that was given before a kill nobody knows whether it is durable.
         handle.sync_all()?;
-        Ok(Staging {
-            dir: dir.into(),
-            handle,
-            objects: Mutex::new(objects),
-            primary: Mutex::new(primary),
-            names: Together::default(),
-            next,
-            writing,
-        })
+        Ok(Staging { dir: dir.into(), handle, objects: Mutex::new(objects), names: Together::default(), next, writing })
     }
 
-    /// A session of this run of a primary begins: what another run had sent is let go, and all of it if it is more than `most` bytes.
-    pub(super) fn follow(&self, run: Incarnation, most: u64) {
-        let mut primary = lock(&self.primary);
-        let mut objects = lock(&self.objects);
-        let ahead = objects.values().filter(|object| object.pin.is_none() && !object.released).map(|object| object.size).sum::<u64>();
-        if *primary == Some(run) && ahead <= most {
-            return;
-        }
-        objects.values_mut().for_each(|object| object.released = true);
-        self.remove(&mut objects, |object| object.pin.is_none());
-        if *primary != Some(run) {
-            // Not remembered, or not durably, it is another run next time: no more than that.
-            *primary = Some(run);
-            if let Err(error) = fs::write(self.dir.join(PRIMARY), run.0) {
-                tracing::warn!(%error, "cannot note whose contents are staged");
-            }
-        }
+    /// A session begins: what no txn has named goes at the next checkpoint, unless one names it until then.
+    pub(super) fn let_go(&self) {
+        lock(&self.objects).values_mut().filter(|object| object.pin.is_none()).for_each(|object| object.released = true);
     }
 
     /// The disk is full: what no txn has named goes at once. Where it is named after all, it is asked for again.
@@ -155,13 +125,6 @@ impl Staging {
             }
             keep
         });
-    }
-
-    /// Lets go of what `known` says is elsewhere.
-    pub(super) fn release_known(&self, known: impl Fn(ContentHash) -> bool) {
-        for (_, object) in lock(&self.objects).iter_mut().filter(|(hash, _)| known(**hash)) {
-            object.released = true;
-        }
     }
 
     pub(super) fn dir(&self) -> &Path {

@@ -143,9 +143,8 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
         }
         log.drop_up_to(sealed.lsn)?;
     }
-    // What txns have used is in the replica by now; the rest a primary has sent ahead, and may go on from there.
-    staging.release_known(|hash| manifest.by_hash(hash).is_ok_and(|paths| !paths.is_empty()));
     staging.prune(Lsn(u64::MAX));
+    staging.let_go();
     shared.update(|status| {
         status.durable = sealed;
         status.applied = sealed.lsn;

@@ -244,7 +244,6 @@ impl Nodes {
             .unwrap();
             self.handle().follow(hello.lineage.clone(), hello.epoch);
         }
-        self.handle().staged_by(hello.incarnation);
         let (told, words) = mpsc::unbounded_channel();
         let session = match self.runtime.block_on(self.handle().begin(from, reset, told)) {
             Ok(session) => session,
