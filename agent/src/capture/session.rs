@@ -452,8 +452,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Of what was observed in sessions before: what rests on nothing of the standby (bytes read whole, what is gone, what is no file) is so whatever that one has. What rests on its rows or its staged
-    /// contents holds where it goes on (`same`) from where it was; what rests on rows that were taken back is dirty by that. Under a load that never ends a standby that comes and goes would else be
+    /// Of what was observed in sessions before: what rests on nothing of the standby (bytes read whole, what is gone, what is no file) is so whatever that one has. What rests on its rows
+    /// holds where it goes on (`same`) from where it was; what rests on rows that were taken back is dirty by that. Under a load that never ends a standby that comes and goes would else be
     /// sent nothing but beginnings.
     fn settle_observations(&mut self, same: bool) {
         if !same {

@@ -82,8 +82,8 @@ pub(super) struct SessionShared {
     pub(super) objects: AtomicUsize,
     missed: Mutex<BTreeSet<ContentHash>>,
     gone: Mutex<BTreeSet<ContentHash>>,
-    /// Asked for by `verify`; whether it was said that it will not come.
-    wanted: Mutex<BTreeMap<ContentHash, bool>>,
+    /// Asked for by `verify`, one after the other; whether it was said that it will not come.
+    wanted: Mutex<Option<(ContentHash, bool)>>,
     /// Counts contents that came, and those of which was said that they will not.
     arrivals: watch::Sender<u64>,
 }
@@ -123,22 +123,19 @@ impl SessionShared {
 
     /// Asks for a content that nobody waits for in the log.
     pub(super) fn want(&self, path: RelPath, hash: ContentHash) {
-        let mut wanted = lock(&self.wanted);
-        wanted.clear(); // One after the other.
-        wanted.insert(hash, false);
-        drop(wanted);
+        *lock(&self.wanted) = Some((hash, false));
         self.send(ToPrimary::Want { path, hash });
     }
 
     pub(super) fn note_lacking(&self, hash: ContentHash) {
-        if let Some(lacking) = lock(&self.wanted).get_mut(&hash) {
+        if let Some((_, lacking)) = lock(&self.wanted).as_mut().filter(|(wanted, _)| *wanted == hash) {
             *lacking = true;
         }
         self.arrivals.send_modify(|count| *count += 1);
     }
 
     pub(super) fn is_lacking(&self, hash: ContentHash) -> bool {
-        lock(&self.wanted).get(&hash).copied().unwrap_or_default()
+        *lock(&self.wanted) == Some((hash, true))
     }
 
     pub(super) fn arrivals(&self) -> watch::Receiver<u64> {

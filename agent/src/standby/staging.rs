@@ -34,6 +34,13 @@ struct Object {
     writers: u32,
 }
 
+impl Object {
+    /// One that nobody knows of yet.
+    fn new(size: u64) -> Self {
+        Object { size, pin: None, released: false, ready: false, again: false, writers: 0 }
+    }
+}
+
 /// See the module's text.
 pub(super) struct Staging {
     dir: PathBuf,
@@ -92,10 +99,7 @@ impl Staging {
             let item = item?;
             match item.file_name().to_str().and_then(hash_of_name) {
                 Some(hash) => {
-                    objects.insert(
-                        hash,
-                        Object { size: item.metadata()?.len(), pin: None, released: false, ready: true, again: false, writers: 0 },
-                    );
+                    objects.insert(hash, Object { ready: true, ..Object::new(item.metadata()?.len()) });
                 }
                 None => fs::remove_file(item.path())?,
             }
@@ -306,8 +310,7 @@ impl Part {
             fs::rename(&self.path, staging.path(hash))?;
             self.done = true;
             // Not yet there for anybody, nor for a checkpoint to remove.
-            let object = Object { size, pin: None, released: false, ready: false, again: false, writers: 0 };
-            let object = objects.entry(hash).or_insert(object);
+            let object = objects.entry(hash).or_insert(Object::new(size));
             object.released = false;
             object.writers += 1;
         }
