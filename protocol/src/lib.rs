@@ -25,4 +25,4 @@ pub mod rejoin;
 /// - 3: a node that was primary asks the one promoted after it ([`rejoin`]).
 /// - 4: messages in the mail server's own formats are merged by its program.
 /// - 5: either node asks the other for a content that `verify` has found damaged (`Borrow`, `Want`).
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;

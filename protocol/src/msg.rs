@@ -16,6 +16,9 @@ use crate::rejoin::{ASKS_MAX, Ask, Changes, Found, Merge, Merged};
 /// Most rows in one message. A row of two bytes takes near a hundred times that in memory, so a peer is held to it.
 pub const ROWS_MAX: usize = 16 * 1024;
 
+/// Staged objects named in one [`ToStandby::Keep`].
+pub const KEEP_MAX: usize = 16 * 1024;
+
 /// Most paths of one [`ToPrimary::Names`].
 pub const NAMES_MAX: usize = 64;
 
@@ -172,6 +175,14 @@ pub enum ToStandby {
     Unstage {
         /// Its name.
         hash: ContentHash,
+    },
+    /// Objects staged in sessions before that this primary still wants; those it does not name are let go of when the last were named.
+    Keep {
+        /// At most [`KEEP_MAX`].
+        #[serde(deserialize_with = "crate::bounded::seq::<_, _, KEEP_MAX>")]
+        hashes: Vec<ContentHash>,
+        /// That was all.
+        last: bool,
     },
     /// Instead of `Hello`: this node was primary, the other was promoted after it. See [`crate::rejoin`].
     Rejoin(Box<Hello>),

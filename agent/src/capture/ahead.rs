@@ -5,7 +5,8 @@
 //! it is read voids the observation. What was staged is then still worth having: the next reading is compared with it and the difference committed together with it, so a file that grows all the time
 //! is sent once, and a group whose files never rest for as long as it takes to send them is cut.
 //!
-//! Invariant: every staged object is either named by a txn, kept in `ahead` for a path that is still pending, or let go (`Unstage`).
+//! Invariant: every staged object is either named by a txn, kept in `ahead` for a path that is still pending, or let go (`Unstage`, or at the begin of a session by not being named in `Keep`).
+//! Whether the standby still has it is not relied upon: what a txn names and it does not find it asks for (`Miss`).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use twinbox_protocol::ids::{ContentHash, Lsn};
+use twinbox_protocol::msg::KEEP_MAX;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Large;
 use twinbox_resync::plan::{Body, Seen};
@@ -21,10 +23,15 @@ use twinbox_resync::rows::Rows;
 use super::bulk::{self, BulkResult, Job, Outcome};
 use super::engine::{CaptureError, Engine};
 use super::messages::{CaptureHandle, ToLink};
+use super::staged::{Ahead, Staged};
 use crate::tree::Root;
 
-/// Jobs given to a lane's thread at once: one under way, one to go on with.
+/// Jobs given to a lane's thread at once: one under way, one to go on with,
 const DEPTH: usize = 2;
+/// and of small files more: a busy engine looks here a few times a second only.
+const DEPTH_SMALL: usize = 64;
+/// What those may hold together, in bytes.
+const SMALL_MAX: u64 = 1024 * 1024;
 /// Files up to this size go by the first lane, as does what is compared with something staged.
 const QUICK_MAX: u64 = 16 * 1024 * 1024;
 
@@ -35,6 +42,8 @@ pub(super) type JobId = u64;
 struct Wanted {
     id: JobId,
     path: RelPath,
+    /// As far as known.
+    size: u64,
     /// Every byte, no copies.
     whole: bool,
 }
@@ -48,14 +57,6 @@ pub(super) struct Awaiting {
     pub(super) large: Option<(Large, Option<ContentHash>)>,
     /// The file changed while it was read: these bytes may never have been its content, and only serve to compare with.
     pub(super) torn: bool,
-}
-
-/// A content the standby has staged for a path and that is not committed.
-struct Ahead {
-    hash: ContentHash,
-    size: u64,
-    ino: u64,
-    large: Option<Large>,
 }
 
 /// Contents sent at once for the standby's `verify`, which asks for one at a time.
@@ -83,10 +84,10 @@ impl Miss {
 pub(super) struct Bulk {
     lanes: [Sender<Job>; 2],
     queues: [VecDeque<Wanted>; 2],
-    /// Jobs given to the threads, and by which lane; also those of sessions before.
-    running: BTreeMap<JobId, usize>,
+    /// Jobs given to the threads, by which lane and of what size; also those of sessions before.
+    running: BTreeMap<JobId, (usize, u64)>,
     open: BTreeMap<RelPath, JobId>,
-    ahead: BTreeMap<RelPath, Ahead>,
+    pub(super) ahead: Staged,
     /// Staged objects that txns in flight name.
     named: BTreeMap<ContentHash, Lsn>,
     /// The standby says one word for each object; several of one content are told apart by nobody, and need not be.
@@ -95,6 +96,8 @@ pub(super) struct Bulk {
     early: HashMap<ContentHash, VecDeque<bool>>,
     misses: BTreeMap<JobId, Miss>,
     last_id: JobId,
+    /// Objects that the standby said it has staged since somebody asked, for `pace`.
+    pub(super) came: u64,
 }
 
 /// Takes what is kept for a path and all below it.
@@ -125,12 +128,13 @@ impl Bulk {
             queues: Default::default(),
             running: BTreeMap::new(),
             open: BTreeMap::new(),
-            ahead: BTreeMap::new(),
+            ahead: Staged::default(),
             named: BTreeMap::new(),
             awaiting: HashMap::new(),
             early: HashMap::new(),
             misses: BTreeMap::new(),
             last_id: 0,
+            came: 0,
         }
     }
 
@@ -144,11 +148,10 @@ impl Bulk {
         self.open.contains_key(path)
     }
 
-    /// Nothing of what was sent counts any more; what runs ends by itself.
+    /// Nothing of what was under way counts any more; what runs ends by itself. What is staged stays: the next session says so, or drops it.
     pub(super) fn session_ended(&mut self) {
         self.queues.iter_mut().for_each(VecDeque::clear);
         self.open.clear();
-        self.ahead.clear(); // The standby lets go of it by itself; what is in flight is still named.
         self.awaiting.clear();
         self.early.clear();
         self.misses.clear();
@@ -159,6 +162,17 @@ impl Bulk {
         self.named.clear();
     }
 
+    /// What a lane's thread is given next.
+    fn next(&mut self, lane: usize) -> Option<Wanted> {
+        let (mut jobs, mut bytes) = (0, 0);
+        for (_, size) in self.running.values().filter(|(of, _)| *of == lane) {
+            (jobs, bytes) = (jobs + 1, bytes + size);
+        }
+        let size = self.queues[lane].front()?.size;
+        let fits = jobs < DEPTH || (jobs < DEPTH_SMALL && bytes + size <= SMALL_MAX);
+        if fits { self.queues[lane].pop_front() } else { None }
+    }
+
     fn next_id(&mut self) -> JobId {
         self.last_id += 1;
         self.last_id
@@ -167,7 +181,7 @@ impl Bulk {
     /// What is left when there is nothing to do, which should be nothing.
     #[cfg(test)]
     pub(super) fn left(&self) -> Option<String> {
-        let (open, ahead) = (&self.open, self.ahead.keys().collect::<Vec<_>>());
+        let (open, ahead) = (&self.open, self.ahead.paths());
         let left = (!open.is_empty() || !ahead.is_empty()).then(|| format!("open {open:?} ahead {ahead:?}"));
         left.or_else(|| (!self.awaiting.is_empty()).then(|| format!("awaiting {:?}", self.awaiting.keys())))
     }
@@ -177,20 +191,19 @@ impl Engine {
     /// Has a file read by a thread of its own.
     pub(super) fn send_ahead(&mut self, group: &[u8], path: RelPath, size: u64) -> Result<(), CaptureError> {
         let id = self.bulk.next_id();
-        let lane = usize::from(size > QUICK_MAX && !self.bulk.ahead.contains_key(&path));
+        let lane = usize::from(size > QUICK_MAX && !self.bulk.ahead.get(&path).is_some());
         self.sets.group(group).staging.insert(path.clone(), id);
         self.bulk.open.insert(path.clone(), id);
-        self.bulk.queues[lane].push_back(Wanted { id, path, whole: false });
+        self.bulk.queues[lane].push_back(Wanted { id, path, size, whole: false });
         self.dispatch()
     }
 
     fn dispatch(&mut self) -> Result<(), CaptureError> {
         for lane in 0..self.bulk.lanes.len() {
-            while self.bulk.running.values().filter(|l| **l == lane).count() < DEPTH {
-                let Some(wanted) = self.bulk.queues[lane].pop_front() else { break };
-                let id = wanted.id;
+            while let Some(wanted) = self.bulk.next(lane) {
+                let (id, size) = (wanted.id, wanted.size);
                 if let Some(job) = self.job(wanted)? {
-                    self.bulk.running.insert(id, lane);
+                    self.bulk.running.insert(id, (lane, size));
                     let _ = self.bulk.lanes[lane].send(job); // Ended only when this is dropped.
                 }
             }
@@ -199,7 +212,7 @@ impl Engine {
     }
 
     /// What the thread needs to know, as of now; `None` when nobody wants it any more.
-    fn job(&mut self, Wanted { id, path, whole }: Wanted) -> Result<Option<Job>, CaptureError> {
+    fn job(&mut self, Wanted { id, path, whole, .. }: Wanted) -> Result<Option<Job>, CaptureError> {
         let Some(out) = self.session.as_ref().map(|session| session.bulk.clone()) else { return Ok(None) };
         if !self.bulk.misses.contains_key(&id) {
             let group = self.group_of_marked(&path);
@@ -289,7 +302,7 @@ impl Engine {
                 let awaiting = Awaiting { id, path, seen, large, torn };
                 match pop(&mut self.bulk.early, hash) {
                     Some(true) => self.arrived(awaiting)?,
-                    Some(false) => self.send_whole(awaiting.id, awaiting.path),
+                    Some(false) => self.send_whole(awaiting),
                     None => self.bulk.awaiting.entry(hash).or_default().push_back(awaiting),
                 }
             }
@@ -369,7 +382,7 @@ impl Engine {
     /// Nothing that was staged ahead is pending any more.
     pub(super) fn drop_all_ahead(&mut self) {
         let all = std::mem::take(&mut self.bulk.ahead);
-        all.into_values().for_each(|ahead| self.unstage(ahead.hash));
+        all.hashes().for_each(|hash| self.unstage(hash));
     }
 
     /// What was staged for a path is not wanted.
@@ -381,14 +394,24 @@ impl Engine {
 
     /// What was staged for a path is staged for its new name; for what was there before, in vain.
     pub(super) fn ahead_moved(&mut self, from: &RelPath, to: &RelPath) {
-        let mut dropped: Vec<Ahead> = take_within(&mut self.bulk.ahead, to).into_iter().map(|(_, ahead)| ahead).collect();
-        for (path, ahead) in take_within(&mut self.bulk.ahead, from) {
+        let mut dropped: Vec<Ahead> = self.bulk.ahead.take_within(to).into_iter().map(|(_, ahead)| ahead).collect();
+        for (path, ahead) in self.bulk.ahead.take_within(from) {
             match path.rebase(from, to) {
                 Some(new) => drop(self.bulk.ahead.insert(new, ahead)),
                 None => dropped.push(ahead),
             }
         }
         dropped.into_iter().for_each(|ahead| self.unstage(ahead.hash));
+    }
+
+    /// A session begins: what is staged there that is still wanted here, in messages.
+    pub(super) fn keep_staged(&self) -> Vec<ToLink> {
+        let named = self.bulk.named.keys().copied().filter(|hash| !self.bulk.ahead.holds(*hash));
+        let all: Vec<ContentHash> = self.bulk.ahead.hashes().chain(named).collect();
+        let mut parts: Vec<Vec<ContentHash>> = all.chunks(KEEP_MAX).map(<[ContentHash]>::to_vec).collect();
+        let last = parts.pop().unwrap_or_default();
+        let more = parts.into_iter().map(|hashes| ToLink::Keep { hashes, last: false });
+        more.chain([ToLink::Keep { hashes: last, last: true }]).collect()
     }
 
     /// Txns up to `lsn` are durable.
@@ -399,7 +422,7 @@ impl Engine {
     fn unstage(&mut self, hash: ContentHash) {
         let wanted = self.bulk.awaiting.contains_key(&hash)
             || self.bulk.named.contains_key(&hash)
-            || self.bulk.ahead.values().any(|ahead| ahead.hash == hash);
+            || self.bulk.ahead.holds(hash);
         if let (false, Some(session)) = (wanted, &self.session) {
             let _ = session.out.send(ToLink::Unstage(hash)); // A closed queue means the session is ending.
         }
@@ -425,6 +448,7 @@ impl Engine {
 
     /// An object that a txn is to name is staged there.
     fn came(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
+        self.bulk.came += 1;
         match pop(&mut self.bulk.awaiting, hash) {
             Some(awaiting) => self.arrived(awaiting),
             None => {
@@ -438,14 +462,14 @@ impl Engine {
     pub(super) fn incomplete(&mut self, hash: ContentHash) -> Result<(), CaptureError> {
         self.heard();
         match pop(&mut self.bulk.awaiting, hash) {
-            Some(awaiting) => self.send_whole(awaiting.id, awaiting.path),
+            Some(awaiting) => self.send_whole(awaiting),
             None => self.bulk.early.entry(hash).or_default().push_back(false),
         }
         self.dispatch()
     }
 
     /// Reads the file of the job `id` again, for every byte.
-    fn send_whole(&mut self, id: JobId, path: RelPath) {
+    fn send_whole(&mut self, Awaiting { id, path, seen, .. }: Awaiting) {
         if self.bulk.open.get(&path) != Some(&id) {
             return;
         }
@@ -455,7 +479,8 @@ impl Engine {
             *job = new;
         }
         self.bulk.open.insert(path.clone(), new);
-        self.bulk.queues[1].push_back(Wanted { id: new, path, whole: true });
+        let size = if let Seen::Present(found) = &seen { found.entry.size() } else { 0 };
+        self.bulk.queues[1].push_back(Wanted { id: new, path, size, whole: true });
     }
 
     /// The standby cannot find a content we took for known: send it whole, if we still have it.
@@ -485,16 +510,17 @@ impl Engine {
             if let (Some(local), Some(stat)) = (row.and_then(|row| row.local), here)
                 && crate::tree::local(&stat).ino == local.ino
             {
-                found = Some(path);
+                found = Some((path, stat.st_size as u64));
                 break;
             }
         }
-        let Some(path) = found else {
+        let Some((path, size)) = found else {
             let _ = session.out.send(miss.no());
             self.doubt |= miss.urgent;
             return Ok(());
         };
-        let (id, wanted) = (self.bulk.next_id(), Wanted { id: self.bulk.last_id(), path, whole: true });
+        let id = self.bulk.next_id();
+        let wanted = Wanted { id, path, size, whole: true };
         if miss.urgent {
             self.bulk.queues[0].push_front(wanted);
         } else {

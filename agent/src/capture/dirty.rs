@@ -424,13 +424,12 @@ impl DirtySets {
         self.groups.values().flat_map(|g| g.staging.keys()).cloned().collect()
     }
 
-    /// Of those that are seen, such as were compared with what the standby has (or is to be sent), and whether their bytes were to be sent. `same`: it goes on from where it was:
-    /// then only what it has staged, and what could not be read.
+    /// Of those that are seen, such as were compared with what the standby has (or is to be sent), and whether their bytes were to be sent. `same`: it goes on from where it was, with
+    /// what it has staged: then only what could not be read.
     #[must_use]
     pub fn on_the_standby(&self, same: bool) -> Vec<(RelPath, bool)> {
         use twinbox_resync::plan::Body;
         let rests = |(path, seen): (&RelPath, &Seen)| match seen {
-            Seen::Present(found) if matches!(found.body, Body::Staged | Body::Patch { ahead: Some(_), .. }) => Some((path.clone(), true)),
             Seen::Present(found) if !same && found.entry.hash().is_some() && !matches!(found.body, Body::Bytes(_) | Body::Later) => {
                 Some((path.clone(), found.body != Body::Unread))
             }

@@ -715,7 +715,8 @@ impl Engine {
         }
         let (groups, pending, left) = (self.sets.groups().count(), self.sets.pending(), self.scan.left().count());
         let (up, flying, fresh) = (self.session.is_some(), self.outbox.in_flight().len(), self.fresh.len());
-        tracing::debug!(mirror = %self.config.name, up, queue, scan, look, commit, idle, turns, events, scanned, looked, cuts, groups, pending, left, flying, fresh, "pace (ms, then counts)");
+        let (ahead, came) = (self.bulk.ahead.len(), std::mem::take(&mut self.bulk.came));
+        tracing::debug!(mirror = %self.config.name, up, queue, scan, look, commit, idle, turns, events, scanned, looked, cuts, groups, pending, left, flying, fresh, ahead, came, "pace (ms, then counts)");
     }
 
     fn publish(&mut self, busy: bool) {

@@ -43,6 +43,8 @@ pub(super) struct Rig {
     pub(super) stored: Lsn,
     /// and that it needs no more.
     unstaged: Vec<ContentHash>,
+    /// What the engine said at the begin of the session that it still wants.
+    wanted: Vec<ContentHash>,
 }
 
 pub(super) fn p(text: &str) -> RelPath {
@@ -76,6 +78,7 @@ impl Rig {
             inodes: 0,
             stored: Lsn::ZERO,
             unstaged: vec![],
+            wanted: vec![],
             somewhere: vec![],
         }
     }
@@ -162,6 +165,9 @@ impl Rig {
             }
             if let ToLink::Unstage(hash) = message {
                 self.unstaged.push(hash);
+            }
+            if let ToLink::Keep { hashes, .. } = &message {
+                self.wanted.clone_from(hashes);
             }
             let ToLink::Txn(frames) = message else { continue };
             for body in frames {
@@ -643,6 +649,57 @@ fn what_was_in_flight_is_sent_again_as_it_was_and_what_was_seen_is_not_read_agai
     rig.unacked = 0;
     rig.settle();
     rig.check();
+}
+
+#[test]
+fn what_was_staged_is_not_sent_again_in_the_next_session() {
+    let mut rig = started(&["u", "v"]);
+    rig.keep();
+    // Written to in the middle of every round: nothing is cut.
+    let busy = |rig: &mut Rig| {
+        let busy = fs::OpenOptions::new().append(true).create(true).open(rig.root.join("u/busy")).unwrap();
+        rig.engine.meanwhile = Some(Box::new(move || (&busy).write_all(b"x").unwrap()));
+    };
+    let (big, hash) = (big(), ContentHash::of(&big()));
+    for renamed in [false, true] {
+        busy(&mut rig);
+        fs::write(rig.root.join("u/big"), &big).unwrap();
+        rig.until("staged", |r| r.engine.bulk.ahead.holds(hash) && r.engine.sets.staging().is_empty());
+        rig.disconnect();
+        if renamed {
+            // Read again, and compared with what was staged.
+            fs::rename(rig.root.join("u/big"), rig.root.join("u/other")).unwrap();
+        }
+        let (jobs, objects) = (rig.engine.bulk.last_id(), rig.objects.len());
+        rig.connect();
+        rig.engine.meanwhile = None;
+        rig.settle();
+        rig.check();
+        assert_eq!((&rig.wanted, rig.engine.bulk.last_id(), rig.objects.len()), (&vec![hash], jobs + u64::from(renamed), objects));
+        assert!(rig.engine.bulk.left().is_none());
+        let _ = fs::remove_file(rig.root.join("u/big"));
+        rig.settle();
+    }
+    // What is not wanted any more is not named, nor is what the standby may have of another history.
+    for same in [true, false] {
+        busy(&mut rig);
+        fs::write(rig.root.join("u/next"), &big[5..]).unwrap();
+        rig.until("staged", |r| r.engine.bulk.ahead.holds(ContentHash::of(&big[5..])) && r.engine.sets.staging().is_empty());
+        rig.disconnect();
+        if same {
+            fs::remove_file(rig.root.join("u/next")).unwrap();
+            rig.engine.boundary().unwrap();
+        } else {
+            rig.engine.doubt = true;
+        }
+        rig.connect();
+        rig.wanted.push(hash);
+        rig.turn();
+        assert_eq!(rig.wanted, []);
+        rig.engine.meanwhile = None;
+        rig.settle();
+        rig.check();
+    }
 }
 
 #[test]

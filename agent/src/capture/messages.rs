@@ -46,6 +46,13 @@ pub enum ToLink {
     Lacks(ContentHash),
     /// A staged object no txn will name.
     Unstage(ContentHash),
+    /// Staged objects of sessions before that are still wanted, some of them.
+    Keep {
+        /// They.
+        hashes: Vec<ContentHash>,
+        /// That was all.
+        last: bool,
+    },
     /// Everything up to here is in the primary's own manifest.
     Stored(Lsn),
 }

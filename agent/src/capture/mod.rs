@@ -24,6 +24,7 @@ pub mod pulse;
 pub mod recent;
 mod scan;
 mod session;
+mod staged;
 pub mod verify;
 pub mod watch;
 

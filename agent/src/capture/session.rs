@@ -121,9 +121,12 @@ impl Engine {
                 tracing::info!(mirror = %self.config.name, peer, lsn = %self.outbox.last().lsn, "standby connected");
                 self.accept()?;
                 let durable = self.outbox.durable().lsn;
+                for keep in self.keep_staged() {
+                    let _ = out.send(keep); // A closed queue means the session is ending.
+                }
                 // As they were: what is in them refers to nothing that the standby does not have or get with them.
                 for txn in self.outbox.in_flight() {
-                    let _ = out.send(ToLink::Txn(txn.frames.clone())); // A closed queue means the session is ending.
+                    let _ = out.send(ToLink::Txn(txn.frames.clone()));
                 }
                 self.session = Some(Session { id, old_jobs: self.bulk.last_id(), out, bulk, heard: Instant::now(), durable });
                 self.collapsed = false;
@@ -459,6 +462,7 @@ impl Engine {
         if !same {
             self.fruitless = 0;
             self.sets.keep_bytes_only();
+            self.drop_all_ahead();
         }
         for (path, content) in self.sets.on_the_standby(same) {
             self.larges.remove(&path);
@@ -486,6 +490,7 @@ impl Engine {
             self.sets.clear();
             self.fresh.clear();
             self.larges.clear();
+            self.drop_all_ahead();
             self.scan.clear();
             self.compare = true;
         }

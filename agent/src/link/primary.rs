@@ -227,6 +227,7 @@ async fn session(
                         ToLink::Gone(hash) => write_frame(&mut send, &ToStandby::Gone { hash }).await?,
                         ToLink::Lacks(hash) => write_frame(&mut send, &ToStandby::Lacks { hash }).await?,
                         ToLink::Unstage(hash) => write_frame(&mut send, &ToStandby::Unstage { hash }).await?,
+                        ToLink::Keep { hashes, last } => write_frame(&mut send, &ToStandby::Keep { hashes, last }).await?,
                         ToLink::Stored(lsn) => stored = lsn,
                     }
                 }

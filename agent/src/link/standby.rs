@@ -297,6 +297,11 @@ impl Server {
                                 session.unstage(hash);
                             }
                         }
+                        ToStandby::Keep { hashes, last } => {
+                            if let Some(session) = &session {
+                                session.keep(hashes, last);
+                            }
+                        }
                         ToStandby::Lacks { hash } => {
                             if let Some(session) = &session {
                                 session.lacks(hash);

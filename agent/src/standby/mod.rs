@@ -237,6 +237,13 @@ impl Session {
         self.handle.staging.release(hash);
     }
 
+    /// These objects of sessions before may be named by txns to come; when the `last` were said, no others.
+    pub fn keep(&self, hashes: Vec<ContentHash>, last: bool) {
+        if let Some(all) = self.shared.note_kept(hashes, last) {
+            self.handle.staging.keep(&all);
+        }
+    }
+
     /// The primary has stored everything up to `lsn`: tombstones up to there may go.
     pub fn stored(&self, lsn: Lsn) {
         let _ = self.handle.applier.send(Cmd::Stored(lsn));

@@ -260,7 +260,7 @@ impl Receiving {
         }
         self.latching(|log| log.discard_unsealed())?;
         self.staging.unpin_after(self.durable.lsn);
-        self.staging.let_go();
+        self.staging.next_session();
         self.recent.clear();
         self.tokens += 1;
         let (token, sender) = (self.tokens, self.sender.clone());

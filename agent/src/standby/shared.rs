@@ -2,7 +2,7 @@
 //!
 //! Each mutex here guards a small value and is held for a copy or an update only, never across I/O or an await.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 #[cfg(test)]
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -84,6 +84,8 @@ pub(super) struct SessionShared {
     gone: Mutex<BTreeSet<ContentHash>>,
     /// Asked for by `verify`, one after the other; whether it was said that it will not come.
     wanted: Mutex<Option<(ContentHash, bool)>>,
+    /// Staged objects that the primary still wants, as far as said.
+    kept: Mutex<HashSet<ContentHash>>,
     /// Counts contents that came, and those of which was said that they will not.
     arrivals: watch::Sender<u64>,
 }
@@ -99,6 +101,7 @@ impl SessionShared {
             missed: Mutex::default(),
             gone: Mutex::default(),
             wanted: Mutex::default(),
+            kept: Mutex::default(),
             arrivals: watch::Sender::new(0),
         })
     }
@@ -119,6 +122,13 @@ impl SessionShared {
     pub(super) fn note_here(&self, hash: ContentHash) {
         lock(&self.missed).remove(&hash);
         self.arrivals.send_modify(|count| *count += 1);
+    }
+
+    /// More of what the primary still wants; all of it when those were the `last`.
+    pub(super) fn note_kept(&self, hashes: Vec<ContentHash>, last: bool) -> Option<HashSet<ContentHash>> {
+        let mut kept = lock(&self.kept);
+        kept.extend(hashes);
+        last.then(|| std::mem::take(&mut *kept))
     }
 
     /// Asks for a content that nobody waits for in the log.

@@ -1,11 +1,12 @@
 //! Contents kept beside the replica until the checkpoint has passed the last txn that uses them.
 //!
 //! `staging/<hash hex>` is whole and fsynced, `*.part` is being written. A txn that uses an object pins it with its LSN *before* its record is written; a checkpoint
-//! removes objects pinned at or below it, and those that were let go. A session that begins lets go of what earlier ones had sent ahead, but does not remove it: txns that are sent again at once find what they name.
+//! removes objects pinned at or below it, and those that were let go. What earlier sessions had sent ahead stays until the primary has said which of it is still wanted (`keep`), which it does
+//! at the begin of each session.
 //!
 //! The names of objects that are finished at the same time are synced together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -32,12 +33,14 @@ struct Object {
     again: bool,
     /// Who is making its name durable.
     writers: u32,
+    /// The session that sent it last.
+    session: u64,
 }
 
 impl Object {
     /// One that nobody knows of yet.
-    fn new(size: u64) -> Self {
-        Object { size, pin: None, released: false, ready: false, again: false, writers: 0 }
+    fn new(size: u64, session: u64) -> Self {
+        Object { size, pin: None, released: false, ready: false, again: false, writers: 0, session }
     }
 }
 
@@ -48,6 +51,7 @@ pub(super) struct Staging {
     objects: Mutex<BTreeMap<ContentHash, Object>>,
     names: Together,
     next: AtomicU64,
+    session: AtomicU64,
     /// Objects being written now.
     pub(super) writing: AtomicUsize,
 }
@@ -99,21 +103,32 @@ impl Staging {
             let item = item?;
             match item.file_name().to_str().and_then(hash_of_name) {
                 Some(hash) => {
-                    objects.insert(hash, Object { ready: true, ..Object::new(item.metadata()?.len()) });
+                    objects.insert(hash, Object { ready: true, ..Object::new(item.metadata()?.len(), 0) });
                 }
                 None => fs::remove_file(item.path())?,
             }
         }
-        let (next, writing) = (AtomicU64::new(0), AtomicUsize::new(0));
+        let (next, session, writing) = (AtomicU64::new(0), AtomicU64::new(0), AtomicUsize::new(0));
         let handle = File::open(dir)?;
         // Of a name that was given before a kill nobody knows whether it is durable.
         handle.sync_all()?;
-        Ok(Staging { dir: dir.into(), handle, objects: Mutex::new(objects), names: Together::default(), next, writing })
+        Ok(Staging { dir: dir.into(), handle, objects: Mutex::new(objects), names: Together::default(), next, session, writing })
     }
 
-    /// A session begins: what no txn has named goes at the next checkpoint, unless one names it until then.
-    pub(super) fn let_go(&self) {
-        lock(&self.objects).values_mut().filter(|object| object.pin.is_none()).for_each(|object| object.released = true);
+    /// A session begins.
+    pub(super) fn next_session(&self) {
+        self.session.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Of what sessions before this one have sent and no txn has named, only these are wanted: the rest goes at the next checkpoint, unless it is sent or named until then.
+    pub(super) fn keep(&self, wanted: &HashSet<ContentHash>) {
+        let now = self.session.load(Ordering::Acquire);
+        let mut objects = lock(&self.objects);
+        for (hash, object) in objects.iter_mut().filter(|(_, object)| object.session < now) {
+            // One that a txn has named stays for the next, too.
+            object.again = object.pin.is_some() && wanted.contains(hash);
+            object.released = object.pin.is_none() && !wanted.contains(hash);
+        }
     }
 
     /// The disk is full: what no txn has named goes at once. Where it is named after all, it is asked for again.
@@ -152,8 +167,9 @@ impl Staging {
     /// Whether an object is here; it is wanted again then.
     fn is_here(&self, hash: ContentHash) -> bool {
         let mut objects = lock(&self.objects);
+        let session = self.session.load(Ordering::Acquire);
         let here = objects.get_mut(&hash).filter(|object| object.ready);
-        here.map(|object| (object.released, object.again) = (false, object.pin.is_some())).is_some()
+        here.map(|object| (object.released, object.again, object.session) = (false, object.pin.is_some(), session)).is_some()
     }
 
     /// Keeps an object until the checkpoint passes `lsn`; `false` when it is not there.
@@ -310,8 +326,9 @@ impl Part {
             fs::rename(&self.path, staging.path(hash))?;
             self.done = true;
             // Not yet there for anybody, nor for a checkpoint to remove.
-            let object = objects.entry(hash).or_insert(Object::new(size));
-            object.released = false;
+            let session = staging.session.load(Ordering::Acquire);
+            let object = objects.entry(hash).or_insert(Object::new(size, session));
+            (object.released, object.session) = (false, session);
             object.writers += 1;
         }
         // Known once its name is durable, so that no txn is acknowledged on one that is not.

@@ -144,7 +144,6 @@ pub(super) fn start(config: StandbyConfig, known: Option<&MirrorState>) -> Resul
         log.drop_up_to(sealed.lsn)?;
     }
     staging.prune(Lsn(u64::MAX));
-    staging.let_go();
     shared.update(|status| {
         status.durable = sealed;
         status.applied = sealed.lsn;

@@ -38,9 +38,11 @@ struct World {
     chains: BTreeMap<Lsn, ChainHash>,
     out: Option<mpsc::UnboundedReceiver<ToLink>>,
     bulk: Option<mpsc::Receiver<BulkMessage>>,
-    objects: HashMap<u64, (Vec<u8>, bool)>,
+    objects: HashMap<u64, Object>,
     /// Objects at hand, and words to the primary that are on their way.
     staged: BTreeSet<ContentHash>,
+    /// Of those, what is still wanted, while it is being said.
+    kept: BTreeSet<ContentHash>,
     missed: BTreeSet<ContentHash>,
     words: VecDeque<Command>,
     received: VecDeque<Received>,
@@ -80,6 +82,7 @@ impl World {
             bulk: None,
             objects: HashMap::new(),
             staged: BTreeSet::new(),
+            kept: BTreeSet::new(),
             missed: BTreeSet::new(),
             words: VecDeque::new(),
             received: VecDeque::new(),
@@ -161,13 +164,14 @@ impl World {
         self.command(Command::Up { id: self.sessions, out, bulk, peer: "b".into() });
     }
 
-    /// The link is cut: what was on its way is lost, in both directions, and what was staged with the standby's process.
+    /// The link is cut: what was on its way is lost, in both directions, and at times what was staged with the standby's state.
     fn cut(&mut self) {
         (self.out, self.bulk) = (None, None);
         self.received.clear();
         self.words.clear();
         self.objects.clear();
         self.missed.clear();
+        self.kept.clear();
         if self.rng.one_in(2) {
             self.staged.clear();
         }
@@ -224,6 +228,14 @@ impl World {
                     self.staged.remove(&hash);
                     continue;
                 }
+                ToLink::Keep { hashes, last } => {
+                    self.kept.extend(hashes);
+                    if last {
+                        let kept = std::mem::take(&mut self.kept);
+                        self.staged.retain(|hash| kept.contains(hash));
+                    }
+                    continue;
+                }
                 ToLink::Gone(hash) if self.missed.contains(&hash) => {
                     self.count("gone");
                     self.cut();
@@ -249,21 +261,19 @@ impl World {
         while let Some(Ok(message)) = self.bulk.as_mut().map(mpsc::Receiver::try_recv) {
             match message {
                 BulkMessage::Abort(id) => drop(self.objects.remove(&id)),
-                BulkMessage::Item(id, BulkItem::Seg(seg)) => {
-                    let (mut bytes, mut whole) = self.objects.remove(&id).unwrap_or((vec![], true));
-                    whole &= extend(&mut bytes, &seg, &self.contents);
-                    self.objects.insert(id, (bytes, whole));
-                }
+                BulkMessage::Item(id, BulkItem::Seg(seg)) => self.objects.entry(id).or_default().extend(&seg, &self.contents),
                 BulkMessage::Item(id, BulkItem::End { hash, size }) => {
-                    let (bytes, whole) = self.objects.remove(&id).unwrap_or((vec![], true));
-                    let copied = !whole || self.rng.one_in(10);
-                    if whole {
+                    let Object { bytes, copies, lacks } = self.objects.remove(&id).unwrap_or_default();
+                    // What it copies from may be gone by now; who sends every byte is never told that something is missing.
+                    let incomplete = lacks || (copies && self.rng.one_in(5));
+                    if !lacks {
                         assert_eq!((ContentHash::of(&bytes), bytes.len() as u64), (hash, size));
                     }
-                    let word = if copied {
+                    let word = if incomplete {
                         Command::Incomplete(hash)
                     } else {
                         self.staged.insert(hash);
+                        self.missed.remove(&hash);
                         self.contents.insert(hash, bytes);
                         Command::Staged(hash)
                     };
@@ -317,9 +327,10 @@ impl World {
                 match content {
                     Content::Inline(bytes) => (hash, bytes.to_vec()),
                     Content::Recipe(segs) => {
-                        let mut bytes = vec![];
-                        assert!(segs.iter().all(|seg| extend(&mut bytes, seg, &self.contents)));
-                        (hash, bytes)
+                        let mut object = Object::default();
+                        segs.iter().for_each(|seg| object.extend(seg, &self.contents));
+                        assert!(!object.lacks, "{op:?} copies from what is not here");
+                        (hash, object.bytes)
                     }
                     Content::Staged => {
                         assert!(self.staged.contains(&hash), "{op:?} is not staged");
@@ -445,7 +456,8 @@ impl World {
                 if e.complete && e.scan.is_done() && e.sets.is_clean() && e.outbox.in_flight().len() == 0 {
                     break;
                 }
-                assert!(Instant::now() < end, "does not settle: {:#?}", super::pending(e));
+                let (flying, missed) = (e.outbox.in_flight().len(), &self.missed);
+                assert!(Instant::now() < end, "does not settle: {flying} in flight, {missed:?} missed, {:#?}", super::pending(e));
             }
         }
         for group in GROUPS {
@@ -464,16 +476,30 @@ impl World {
 }
 
 /// Adds what a segment says; `false` when its source is not here.
-fn extend(bytes: &mut Vec<u8>, seg: &Seg, contents: &HashMap<ContentHash, Vec<u8>>) -> bool {
-    match seg {
-        Seg::Data(data) => bytes.extend_from_slice(data),
-        Seg::Hole(len) => bytes.resize(bytes.len() + *len as usize, 0),
-        Seg::Copy { from, offset, len } => match contents.get(from) {
-            Some(source) => bytes.extend_from_slice(&source[*offset as usize..(*offset + *len) as usize]),
-            None => return false,
-        },
+/// A bulk object that is arriving.
+#[derive(Default)]
+struct Object {
+    bytes: Vec<u8>,
+    /// Some of it is to be copied from another content.
+    copies: bool,
+    /// One of those is not here.
+    lacks: bool,
+}
+
+impl Object {
+    fn extend(&mut self, seg: &Seg, contents: &HashMap<ContentHash, Vec<u8>>) {
+        match seg {
+            Seg::Data(data) => self.bytes.extend_from_slice(data),
+            Seg::Hole(len) => self.bytes.resize(self.bytes.len() + *len as usize, 0),
+            Seg::Copy { from, offset, len } => {
+                self.copies = true;
+                match contents.get(from) {
+                    Some(source) => self.bytes.extend_from_slice(&source[*offset as usize..(*offset + *len) as usize]),
+                    None => self.lacks = true,
+                }
+            }
+        }
     }
-    true
 }
 
 fn run(seed: u64) -> BTreeMap<&'static str, usize> {

@@ -49,6 +49,7 @@ enum Forth {
     Frame(Vec<u8>),
     Gone(ContentHash),
     Unstage(ContentHash),
+    Keep(Vec<ContentHash>, bool),
     Stored(Lsn),
 }
 
@@ -329,6 +330,7 @@ impl Nodes {
                 ToLink::Gone(hash) => link.forth.push_back(Forth::Gone(hash)),
                 ToLink::Lacks(hash) => panic!("nobody wanted {hash}"),
                 ToLink::Unstage(hash) => link.forth.push_back(Forth::Unstage(hash)),
+                ToLink::Keep { hashes, last } => link.forth.push_back(Forth::Keep(hashes, last)),
                 ToLink::Stored(lsn) => link.forth.push_back(Forth::Stored(lsn)),
             }
         }
@@ -350,6 +352,7 @@ impl Nodes {
                 }
                 Forth::Gone(hash) => link.session.gone(hash),
                 Forth::Unstage(hash) => link.session.unstage(hash),
+                Forth::Keep(hashes, last) => link.session.keep(hashes, last),
                 Forth::Stored(lsn) => link.session.stored(lsn),
             }
         }

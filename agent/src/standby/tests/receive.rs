@@ -240,9 +240,56 @@ async fn an_object_no_txn_will_name_goes_at_the_next_checkpoint() {
     rig.applied(lsn).await;
     rig.same();
     rig.checkpoint().await;
-    let left: Vec<String> =
-        fs::read_dir(rig.state().join("staging")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    assert_eq!(left, [ContentHash::of(&kept).to_string()]);
+    assert_eq!(staged_names(&rig), [ContentHash::of(&kept).to_string()]);
+}
+
+fn staged_names(rig: &Rig) -> Vec<String> {
+    let names = fs::read_dir(rig.state().join("staging")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn what_is_staged_outlives_the_agent_as_far_as_the_primary_still_wants_it() {
+    let mut rig = Rig::new().await;
+    let contents: Vec<Vec<u8>> = (1..=4).map(|n| noise(n, 300_000)).collect();
+    let hashes: Vec<ContentHash> = contents.iter().map(|bytes| ContentHash::of(bytes)).collect();
+    let sorted = |which: &[usize]| {
+        let mut names: Vec<String> = which.iter().map(|n| hashes[*n].to_string()).collect();
+        names.sort();
+        names
+    };
+    for bytes in &contents[..3] {
+        stage(&mut rig, bytes).await;
+    }
+    rig.crash();
+    rig.start().unwrap();
+    rig.begin().await.unwrap();
+    rig.check(vec![put("a", b"1", 1)]).await;
+    rig.checkpoint().await;
+    assert_eq!(staged_names(&rig), sorted(&[0, 1, 2]), "nothing goes before the primary has said what it wants");
+    rig.session.as_ref().unwrap().keep(vec![hashes[0]], false);
+    // This one comes before all was said, the third once more.
+    for n in [3, 2] {
+        stage(&mut rig, &contents[n]).await;
+    }
+    rig.session.as_ref().unwrap().keep(vec![], true);
+    rig.check(vec![put("a", b"2", 2)]).await;
+    rig.checkpoint().await;
+    assert_eq!(staged_names(&rig), sorted(&[0, 2, 3]));
+    rig.model.bytes.insert(hashes[0], contents[0].clone());
+    rig.check(vec![Op::Put { path: p("f"), entry: file(&contents[0], 1), content: Content::Staged }]).await;
+    // Wanted for another path while the txn that named it first is not in the checkpoint.
+    rig.begin().await.unwrap();
+    rig.session.as_ref().unwrap().keep(vec![hashes[0], hashes[2]], true);
+    rig.checkpoint().await;
+    assert_eq!(staged_names(&rig), sorted(&[0, 2]));
+    rig.begin().await.unwrap();
+    rig.session.as_ref().unwrap().keep(vec![], true);
+    rig.check(vec![put("a", b"3", 3)]).await;
+    rig.checkpoint().await;
+    assert_eq!(staged_names(&rig), Vec::<String>::new());
 }
 
 #[tokio::test]
