@@ -111,6 +111,8 @@ pub fn promote(state_dir: &Path, mirror: &str) -> Result<Epoch, SwitchError> {
     node.set_local_mark(mirror, &LocalMark { boot: boot_id().map_err(io)?, lsn: known.reserved, clean: false })?;
     node.set_mirror(mirror, &known)?;
     unmark(&dir, &[ADOPTING, GAVE_UP, RETURNING]).map_err(io)?;
+    // What was sent ahead and never named.
+    or_absent(fs::remove_dir_all(dir.join("staging"))).map_err(io)?;
     Ok(known.epoch)
 }
 

@@ -88,7 +88,7 @@ pub fn compare(hello: &Hello, welcome: &Welcome) -> Verdict {
     let (lineage, epoch, position, digest, chain_at_ours) = match &welcome.replica {
         Replica::Empty => return Verdict::FirstSync,
         Replica::Adopted { .. } => return Verdict::PullAll { why: "the standby adopted files it already had" },
-        Replica::Holds { lineage, epoch, position, digest, chain_at_yours } => (lineage, *epoch, position, digest, chain_at_yours),
+        Replica::Holds { lineage, epoch, position, digest, chain_at_yours, .. } => (lineage, *epoch, position, digest, chain_at_yours),
     };
     let ours = Side { lineage: &hello.lineage, epoch: hello.epoch, position: hello.position };
     let (ids, relation) = ((hello.lineage.generation(), lineage.generation()), relate(ours, Side { lineage, epoch, position: *position }));
@@ -175,6 +175,7 @@ mod tests {
             position,
             digest: Digest([digest; 4]),
             chain_at_yours: chain_at_yours.map(|c| ChainHash([c; 32])),
+            complete: true,
         }
     }
 

@@ -25,4 +25,5 @@ pub mod rejoin;
 /// - 3: a node that was primary asks the one promoted after it ([`rejoin`]).
 /// - 4: messages in the mail server's own formats are merged by its program.
 /// - 5: either node asks the other for a content that `verify` has found damaged (`Borrow`, `Want`).
+/// - 6: what is staged outlives a session (`Keep`); a standby says whether it is at a cut.
 pub const PROTOCOL_VERSION: u32 = 6;

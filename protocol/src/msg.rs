@@ -94,6 +94,8 @@ pub enum Replica {
         digest: Digest,
         /// Chain hash it remembers at the primary's position, if it still does.
         chain_at_yours: Option<ChainHash>,
+        /// It is at a cut.
+        complete: bool,
     },
 }
 

@@ -1,8 +1,8 @@
 //! Contents sent ahead of their txns: which large files are read when, and what becomes of what was read.
 //!
 //! A path is *open* from the moment it is wanted until its reading needed no staging, failed, or was staged by the standby; it is read once at a time. Two lanes, so that a change to what the standby has
-//! already does not wait behind gigabytes: each reads in the order asked for. An event that comes while a path waits in the queue changes nothing, it is read later anyway; one that comes while
-//! it is read voids the observation. What was staged is then still worth having: the next reading is compared with it and the difference committed together with it, so a file that grows all the time
+//! already does not wait behind gigabytes: each reads in the order asked for (a third is for what the log waits for). An event that comes while a path waits in the queue changes nothing, it is read later
+//! anyway; one that comes once it was given to a thread voids the observation. What was staged is then still worth having: the next reading is compared with it and the difference committed together with it, so a file that grows all the time
 //! is sent once, and a group whose files never rest for as long as it takes to send them is cut.
 //!
 //! Invariant: every staged object is either named by a txn, kept in `ahead` for a path that is still pending, or let go (`Unstage`, or at the begin of a session by not being named in `Keep`).
@@ -28,8 +28,8 @@ use crate::tree::Root;
 
 /// Jobs given to a lane's thread at once: one under way, one to go on with,
 const DEPTH: usize = 2;
-/// and of small files more: a busy engine looks here a few times a second only.
-const DEPTH_SMALL: usize = 64;
+/// and of small files more, those included that the standby has not confirmed: a busy engine looks here a few times a second only.
+const DEPTH_SMALL: usize = 32;
 /// What those may hold together, in bytes.
 const SMALL_MAX: u64 = 1024 * 1024;
 /// Files up to this size go by the first lane, as does what is compared with something staged.
@@ -82,8 +82,9 @@ impl Miss {
 
 /// See the module's text.
 pub(super) struct Bulk {
-    lanes: [Sender<Job>; 2],
-    queues: [VecDeque<Wanted>; 2],
+    /// Quick ones, slow ones, and those that the log waits for.
+    lanes: [Sender<Job>; 3],
+    queues: [VecDeque<Wanted>; 3],
     /// Jobs given to the threads, by which lane and of what size; also those of sessions before.
     running: BTreeMap<JobId, (usize, u64)>,
     open: BTreeMap<RelPath, JobId>,
@@ -124,7 +125,7 @@ impl Bulk {
     /// Starts the threads; they end when this is dropped.
     pub(super) fn start(root: &Arc<Root>, handle: &CaptureHandle) -> Self {
         Bulk {
-            lanes: [(); 2].map(|()| bulk::start(root.clone(), handle.clone())),
+            lanes: [(); 3].map(|()| bulk::start(root.clone(), handle.clone())),
             queues: Default::default(),
             running: BTreeMap::new(),
             open: BTreeMap::new(),
@@ -169,7 +170,8 @@ impl Bulk {
             (jobs, bytes) = (jobs + 1, bytes + size);
         }
         let size = self.queues[lane].front()?.size;
-        let fits = jobs < DEPTH || (jobs < DEPTH_SMALL && bytes + size <= SMALL_MAX);
+        let unconfirmed: usize = self.awaiting.values().map(VecDeque::len).sum();
+        let fits = jobs < DEPTH || (jobs + unconfirmed < DEPTH_SMALL && bytes + size <= SMALL_MAX);
         if fits { self.queues[lane].pop_front() } else { None }
     }
 
@@ -191,7 +193,7 @@ impl Engine {
     /// Has a file read by a thread of its own.
     pub(super) fn send_ahead(&mut self, group: &[u8], path: RelPath, size: u64) -> Result<(), CaptureError> {
         let id = self.bulk.next_id();
-        let lane = usize::from(size > QUICK_MAX && !self.bulk.ahead.get(&path).is_some());
+        let lane = usize::from(size > QUICK_MAX && self.bulk.ahead.get(&path).is_none());
         self.sets.group(group).staging.insert(path.clone(), id);
         self.bulk.open.insert(path.clone(), id);
         self.bulk.queues[lane].push_back(Wanted { id, path, size, whole: false });
@@ -416,13 +418,16 @@ impl Engine {
 
     /// Txns up to `lsn` are durable.
     pub(super) fn named_until(&mut self, lsn: Lsn) {
-        self.bulk.named.retain(|_, at| *at > lsn);
+        let durable: Vec<ContentHash> = self.bulk.named.iter().filter(|(_, at)| **at <= lsn).map(|(hash, _)| *hash).collect();
+        for hash in durable {
+            self.bulk.named.remove(&hash);
+            // Also what the txn did not put after all (a link, or the same content as before): nothing has pinned that.
+            self.unstage(hash);
+        }
     }
 
     fn unstage(&mut self, hash: ContentHash) {
-        let wanted = self.bulk.awaiting.contains_key(&hash)
-            || self.bulk.named.contains_key(&hash)
-            || self.bulk.ahead.holds(hash);
+        let wanted = self.bulk.awaiting.contains_key(&hash) || self.bulk.named.contains_key(&hash) || self.bulk.ahead.holds(hash);
         if let (false, Some(session)) = (wanted, &self.session) {
             let _ = session.out.send(ToLink::Unstage(hash)); // A closed queue means the session is ending.
         }
@@ -522,7 +527,7 @@ impl Engine {
         let id = self.bulk.next_id();
         let wanted = Wanted { id, path, size, whole: true };
         if miss.urgent {
-            self.bulk.queues[0].push_front(wanted);
+            self.bulk.queues[2].push_back(wanted);
         } else {
             self.bulk.queues[1].push_back(wanted);
         }

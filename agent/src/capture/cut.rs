@@ -16,7 +16,7 @@ use twinbox_resync::plan::{Body, Found, PlanError, Seen, plan};
 use twinbox_resync::rows::{Row, Rows};
 
 use super::dirty::{Group, Mark, Pending};
-use super::engine::{CaptureError, Engine};
+use super::engine::{CaptureError, ComesBack, Engine};
 use super::fresh::Which;
 use super::look::{Known, Look, SEG_DATA_MAX, look, read_whole};
 use super::messages::ToLink;
@@ -610,8 +610,12 @@ impl Engine {
         let files = ops.iter().filter(|op| !matches!(op, Op::SetMeta { .. })).count();
         let weight: usize = ops.iter().map(Op::weight).sum();
         let changes = !ops.is_empty();
-        if self.comes_back.is_some_and(|round| self.sets.has_cut_all(round)) {
-            self.comes_back = None;
+        match self.comes_back {
+            Some(ComesBack::Comparing) if self.scan.is_done() && !self.scan.is_first() => {
+                self.comes_back = Some(ComesBack::Round(self.sets.round()));
+            }
+            Some(ComesBack::Round(round)) if self.sets.has_cut_all(round) => self.comes_back = None,
+            _ => {}
         }
         let flags = if self.comes_back.is_some() { flags | FLAG_INITIAL } else { flags };
         let Some((lsn, frames)) = self.outbox.seal(ops, flags, self.view.digest(), super::engine::wall_ns()) else { return };

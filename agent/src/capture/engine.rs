@@ -174,6 +174,15 @@ pub(super) struct HalfRename {
     pub(super) wd: Option<i32>,
 }
 
+/// What a standby lacks that came back to a history which went on: until it has that, it is told to be at no cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ComesBack {
+    /// What the comparison finds that runs.
+    Comparing,
+    /// What was dirty in this round.
+    Round(u64),
+}
+
 /// What was done since it was last told.
 #[derive(Default)]
 pub(super) struct Pace {
@@ -241,7 +250,9 @@ pub(super) struct Engine {
     pub(super) summary: CaptureStatus,
     pub(super) pull: Option<super::session::Pull>,
     /// The standby has come back with what it had alone, and is at no cut until everything that was dirty at this round is through.
-    pub(super) comes_back: Option<u64>,
+    pub(super) comes_back: Option<ComesBack>,
+    /// The standby that was welcomed says that it is at no cut, and what it lacks is not known to be in what it is sent.
+    pub(super) at_no_cut: bool,
     /// Sessions that ended with something in flight of which nothing had become durable.
     pub(super) fruitless: u32,
     /// Something that was observed could not be sent after all: what rests on the standby is looked at again.
@@ -371,6 +382,7 @@ impl Engine {
             summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), warnings: proofs.warnings, ..CaptureStatus::default() },
             pull: None,
             comes_back: None,
+            at_no_cut: false,
             fruitless: 0,
             doubt: false,
             held_bytes: 0,

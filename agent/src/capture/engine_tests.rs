@@ -11,7 +11,7 @@ use twinbox_protocol::codec::decode_log;
 use twinbox_protocol::digest::Digest;
 use twinbox_protocol::entry::{Kind, Time};
 use twinbox_protocol::msg::{BulkItem, Position, Replica, Welcome};
-use twinbox_protocol::ops::Op;
+use twinbox_protocol::ops::{FLAG_INITIAL, Op};
 use twinbox_resync::rows::{Local, Rows, perform};
 
 use super::super::bulk::{BulkResult, Outcome};
@@ -43,6 +43,8 @@ pub(super) struct Rig {
     pub(super) stored: Lsn,
     /// and that it needs no more.
     unstaged: Vec<ContentHash>,
+    /// Whether the standby is at a cut, by the last txn it got.
+    whole: bool,
     /// What the engine said at the begin of the session that it still wants.
     wanted: Vec<ContentHash>,
 }
@@ -78,6 +80,7 @@ impl Rig {
             inodes: 0,
             stored: Lsn::ZERO,
             unstaged: vec![],
+            whole: false,
             wanted: vec![],
             somewhere: vec![],
         }
@@ -95,6 +98,7 @@ impl Rig {
                 position: hello.position,
                 digest: self.replica.digest(),
                 chain_at_yours: None,
+                complete: self.whole,
             },
         };
         let welcome = testing::welcome(hello.chunker, replica);
@@ -133,6 +137,12 @@ impl Rig {
     pub(super) fn disconnect(&mut self) {
         (self.out, self.bulk) = (None, None);
         self.engine.command(Command::Down(self.session)).unwrap();
+    }
+
+    /// The agent is killed, and another one comes up.
+    fn restart(&mut self) {
+        self.engine = Rig::new().engine; // One at a time.
+        self.engine = testing::engine(testing::config(&self.root, &self.dir.path().join("state"), 5));
     }
 
     /// The standby keeps what it has by now,
@@ -181,6 +191,7 @@ impl Rig {
                     }
                 }
                 if let Some(seal) = frame.seal {
+                    self.whole = frame.flags & FLAG_INITIAL == 0;
                     let there = |path: &&str| self.replica.row(&p(path)).unwrap().is_some();
                     assert!(self.somewhere.is_empty() || self.somewhere.iter().any(there), "nowhere at {}", frame.lsn);
                     assert_eq!(self.replica.digest(), seal.digest);
@@ -571,7 +582,7 @@ fn a_file_that_grew_while_it_was_staged_is_sent_once() {
     rig.settle();
     rig.check();
     assert!(rig.ended.is_empty() && rig.engine.bulk.left().is_none());
-    assert!(rig.unstaged.is_empty(), "a txn named it");
+    assert_eq!(std::mem::take(&mut rig.unstaged).len(), 1, "once the txn that named it was durable");
     // What was staged for a file that is gone is let go.
     fs::write(rig.root.join("u/other"), big().split_off(5)).unwrap();
     rig.until("read and sent", |r| !r.engine.bulk.awaiting.is_empty() && !r.ended.is_empty());
@@ -700,6 +711,31 @@ fn what_was_staged_is_not_sent_again_in_the_next_session() {
         rig.settle();
         rig.check();
     }
+}
+
+#[test]
+fn a_standby_at_no_cut_stays_so_until_a_new_agent_has_found_all_it_lacks() {
+    let mut rig = started(&["u", "v"]);
+    fs::write(rig.root.join("u/x"), b"1").unwrap();
+    rig.settle();
+    assert!(rig.whole);
+    // It came back to a history that had gone on, and the agent that knew what of it was missing was killed.
+    rig.disconnect();
+    for n in 0..20 {
+        fs::write(rig.root.join(format!("v/{n}")), b"2").unwrap();
+    }
+    rig.whole = false;
+    rig.restart();
+    rig.connect();
+    let all = |rig: &Rig| (0..20).all(|n| rig.has(&format!("v/{n}")));
+    let end = Instant::now() + Duration::from_secs(10);
+    while !rig.whole {
+        assert!(Instant::now() < end, "never told that it is at a cut");
+        rig.turn();
+        assert!(!rig.whole || all(&rig), "at a cut without all that the store has");
+    }
+    rig.settle();
+    rig.check();
 }
 
 #[test]
@@ -1148,7 +1184,8 @@ fn a_pull_the_standby_never_heard_the_end_of_is_no_other_history() {
         let hello = answer.try_recv().unwrap();
         let (position, digest) = stands.unwrap_or((hello.position, Digest([7; 4])));
         let chain_at_yours = (hello.position == position).then_some(position.chain);
-        let replica = Replica::Holds { lineage: hello.lineage.clone(), epoch: hello.epoch, position, digest, chain_at_yours };
+        let replica =
+            Replica::Holds { lineage: hello.lineage.clone(), epoch: hello.epoch, position, digest, chain_at_yours, complete: true };
         let incarnation = Incarnation([5; 16]);
         let (protocol, chunker) = (hello.protocol, hello.chunker);
         let welcome = Welcome { protocol, software: String::new(), node: "b".into(), incarnation, chunker, replica, wall_ns: 0 };
@@ -1183,8 +1220,14 @@ fn a_pull_that_was_cut_short_leaves_nothing_behind() {
     };
     let first = hello(&mut rig);
     let (position, digest) = (first.position, Digest([7; 4]));
-    let replica =
-        Replica::Holds { lineage: first.lineage.clone(), epoch: first.epoch, position, digest, chain_at_yours: Some(position.chain) };
+    let replica = Replica::Holds {
+        lineage: first.lineage.clone(),
+        epoch: first.epoch,
+        position,
+        digest,
+        chain_at_yours: Some(position.chain),
+        complete: true,
+    };
     let (reply, mut answer) = oneshot::channel();
     rig.engine.command(Command::Welcome(Box::new(testing::welcome(first.chunker.clone(), replica)), reply)).unwrap();
     assert!(matches!(answer.try_recv().unwrap(), Ok(Step::Pull(_))));

@@ -17,7 +17,7 @@ use twinbox_protocol::path::RelPath;
 use twinbox_resync::rows::{Row, Rows};
 
 use super::dirty::Group;
-use super::engine::{CaptureError, Engine};
+use super::engine::{CaptureError, ComesBack, Engine};
 use super::messages::{BulkMessage, Command, Step, ToLink};
 use super::pulse::CANARY_EVERY;
 
@@ -138,6 +138,11 @@ impl Engine {
                 self.shipped_at = self.acknowledged_at.checked_sub(CANARY_EVERY).unwrap_or(self.acknowledged_at);
                 if std::mem::take(&mut self.compare) {
                     self.scan.push(RelPath::root());
+                }
+                // An agent that was started since does not know what it is that the standby lacks, nor one that took back what was in flight: it is in what is dirty, or being found.
+                if std::mem::take(&mut self.at_no_cut) && self.complete && self.comes_back.is_none() {
+                    let known = self.scan.is_done() && !self.scan.is_first();
+                    self.comes_back = Some(if known { ComesBack::Round(self.sets.round()) } else { ComesBack::Comparing });
                 }
             }
             Command::Down(id) => {
@@ -268,6 +273,8 @@ impl Engine {
         let verdict = compare(&hello, welcome);
         let doubt = std::mem::take(&mut self.doubt) || self.fruitless >= FRUITLESS_MAX;
         let same = matches!(verdict, Verdict::Continue) && self.complete && !doubt;
+        let at_cut = matches!(welcome.replica, Replica::Holds { complete: true, .. });
+        self.at_no_cut = !at_cut && (!same || self.scan.is_first());
         self.settle_observations(same);
         if !same {
             self.take_back()?;
@@ -409,7 +416,7 @@ impl Engine {
             self.mark(&path, true, true, false);
         }
         if pull.comes_back {
-            self.comes_back = Some(self.sets.round());
+            self.comes_back = Some(ComesBack::Round(self.sets.round()));
         }
         if reset {
             self.compare = true;

@@ -198,6 +198,7 @@ async fn a_restart_finds_what_happened_meanwhile_and_ships_nothing_else() {
         position: hello.position,
         digest: world.replica.lock().unwrap().digest(),
         chain_at_yours: None,
+        complete: true,
     };
     // Asked before the standby is there: answered only when what the comparison finds has arrived.
     let asker = handle.clone();

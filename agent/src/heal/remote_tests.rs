@@ -38,6 +38,7 @@ fn welcome(generation: u8) -> ToPrimary {
         position: Position { lsn: Lsn(9), chain: ChainHash([9; 32]) },
         digest: Digest::default(),
         chain_at_yours: Some(ChainHash::ZERO),
+        complete: true,
     };
     ToPrimary::Welcome(Box::new(Welcome {
         protocol: 1,

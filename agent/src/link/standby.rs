@@ -541,7 +541,8 @@ async fn data(mut recv: quinn::RecvStream, sessions: &Sessions) -> Result<(), Se
     };
     let bulk = matches!(head, StreamHead::Bulk { .. });
     let mut expander = Expander::new(LOG_FRAME_MAX)?;
-    let mut object = if bulk { Some(session.object()?) } else { None };
+    // Not read before there is room for it: the line holds the rest back.
+    let mut object = if bulk { Some(session.object().await?) } else { None };
     let mut buffer = vec![0; READ];
     while let Some(n) = recv.read(&mut buffer).await? {
         let mut rest = &buffer[..n];

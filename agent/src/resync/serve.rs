@@ -91,7 +91,14 @@ pub(crate) async fn serve(
         node: us.node.into(),
         incarnation: us.incarnation,
         chunker: twinbox_protocol::chunk::CHUNKER.into(),
-        replica: Replica::Holds { lineage: us.known.lineage.clone(), epoch: us.known.epoch, position, digest, chain_at_yours },
+        replica: Replica::Holds {
+            lineage: us.known.lineage.clone(),
+            epoch: us.known.epoch,
+            position,
+            digest,
+            chain_at_yours,
+            complete: true,
+        },
         wall_ns: wall_ns(),
     };
     write_frame(send, &ToPrimary::Welcome(Box::new(welcome))).await?;

@@ -377,7 +377,8 @@ impl Applier {
             Position::START => None,
             position => self.manifest.chain_at(position.lsn).map_err(|e| sql(self.manifest.state_error(&e)))?,
         };
-        Ok(Holding::Holds { lineage, epoch, position: self.applied, digest: self.manifest.digest(), chain_at_yours })
+        let (digest, complete) = (self.manifest.digest(), self.shared.status().complete);
+        Ok(Holding::Holds { lineage, epoch, position: self.applied, digest, chain_at_yours, complete })
     }
 
     fn pull(&self, since: Option<Lsn>, out: &tokio::sync::mpsc::Sender<ToPrimary>) -> Result<(), StandbyError> {

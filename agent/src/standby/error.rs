@@ -124,12 +124,6 @@ pub enum StandbyError {
     /// A newer session or hello of this mirror took over.
     #[error("another session of this mirror took over")]
     Superseded,
-    /// Too many bulk objects at once.
-    #[error("more than {max} bulk objects at once")]
-    TooMany {
-        /// Limit.
-        max: usize,
-    },
     /// The standby ends.
     #[error("the standby is stopping")]
     Stopped,

@@ -31,6 +31,7 @@ mod verify;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+#[cfg(test)]
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
@@ -47,7 +48,7 @@ pub use error::{Refusal, StandbyError};
 pub use object::ObjectWriter;
 use receiver::Event;
 pub use shared::StandbyStatus;
-use shared::{OBJECTS_MAX, SessionShared, Shared};
+use shared::{SessionShared, Shared};
 use staging::Staging;
 pub(crate) use verify::{How, Mend, Mended};
 
@@ -204,22 +205,17 @@ impl Session {
         self.handle.events.send(event).map_err(|_| StandbyError::Stopped)
     }
 
-    /// A bulk object begins to arrive.
+    /// A bulk object begins to arrive: resolves when there is room for one more.
     ///
     /// # Errors
-    /// [`StandbyError::TooMany`], or the disk's.
-    pub fn object(&self) -> Result<ObjectWriter, StandbyError> {
+    /// The disk's: the session has failed then, or the primary would wait for this object for ever.
+    pub async fn object(&self) -> Result<ObjectWriter, StandbyError> {
+        let room = self.shared.objects.clone().acquire_owned().await.map_err(|_| self.error())?;
         if self.shared.is_over() {
             return Err(self.error());
         }
-        if self.shared.objects.fetch_add(1, Ordering::AcqRel) >= OBJECTS_MAX {
-            self.shared.objects.fetch_sub(1, Ordering::AcqRel);
-            return Err(StandbyError::TooMany { max: OBJECTS_MAX });
-        }
         let StandbyHandle { events, applier, staging, .. } = self.handle.clone();
-        ObjectWriter::new(self.shared.clone(), staging, events, applier).inspect_err(|_| {
-            self.shared.objects.fetch_sub(1, Ordering::AcqRel);
-        })
+        ObjectWriter::new(self.shared.clone(), staging, events, applier, room).inspect_err(|error| self.shared.fail(error.clone()))
     }
 
     /// The primary cannot send a content that was missed: the session fails, the primary looks at the path again.
@@ -239,7 +235,7 @@ impl Session {
 
     /// These objects of sessions before may be named by txns to come; when the `last` were said, no others.
     pub fn keep(&self, hashes: Vec<ContentHash>, last: bool) {
-        if let Some(all) = self.shared.note_kept(hashes, last) {
+        if let Some(all) = self.shared.note_kept(hashes, last).filter(|_| !self.shared.is_over()) {
             self.handle.staging.keep(&all);
         }
     }

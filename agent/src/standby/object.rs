@@ -3,9 +3,9 @@
 //! Disk work runs on tokio's blocking threads, one piece at a time for an object, so that a slow disk slows the stream and nothing else.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 
+use tokio::sync::OwnedSemaphorePermit;
 use twinbox_protocol::ids::ContentHash;
 use twinbox_protocol::msg::{BulkItem, ToPrimary};
 use twinbox_protocol::ops::Seg;
@@ -38,6 +38,8 @@ pub struct ObjectWriter {
     events: Sender<Event>,
     applier: Sender<Cmd>,
     writing: Option<Writing>,
+    /// Of the session, for one object.
+    _room: OwnedSemaphorePermit,
 }
 
 impl ObjectWriter {
@@ -46,10 +48,10 @@ impl ObjectWriter {
         staging: Arc<Staging>,
         events: Sender<Event>,
         applier: Sender<Cmd>,
+        room: OwnedSemaphorePermit,
     ) -> Result<Self, StandbyError> {
         let part = staging.create().map_err(failed)?;
-        staging.writing.fetch_add(1, Ordering::AcqRel);
-        Ok(ObjectWriter { session, staging, events, applier, writing: Some(Writing { part, looked: 0, incomplete: false }) })
+        Ok(ObjectWriter { session, staging, events, applier, writing: Some(Writing { part, looked: 0, incomplete: false }), _room: room })
     }
 
     /// Whoever waits for a content looks again.
@@ -86,8 +88,6 @@ impl ObjectWriter {
 impl Drop for ObjectWriter {
     fn drop(&mut self) {
         self.writing = None;
-        self.session.objects.fetch_sub(1, Ordering::AcqRel);
-        self.staging.writing.fetch_sub(1, Ordering::AcqRel);
         self.wake();
     }
 }

@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
 
 use serde_bytes::ByteBuf;
 use twinbox_protocol::entry::Entry;
@@ -40,20 +39,10 @@ impl Receiving {
                 None => self.find(hash, &entry, &path, lsn)?,
             },
             Content::Known => self.find(hash, &entry, &path, lsn)?,
-            Content::Staged => {
-                self.await_objects(hash)?;
-                self.find(hash, &entry, &path, lsn)?
-            }
+            // The primary was told that it is here before it named it; what is not any more, it is asked for.
+            Content::Staged => self.find(hash, &entry, &path, lsn)?,
         };
         Ok(Op::Put { path, entry, content })
-    }
-
-    /// An object on its way may be the one that is wanted: it is only named at its end.
-    fn await_objects(&mut self, hash: ContentHash) -> Result<(), StandbyError> {
-        while self.staging.writing.load(Ordering::Acquire) > 0 && self.staging.size(hash).is_none() && self.recent.find(hash).is_none() {
-            self.wait(|event| if matches!(event, Event::Staged) { Ok(()) } else { Err(event) })?;
-        }
-        Ok(())
     }
 
     /// Finds a whole content, asking the primary for it if need be.
@@ -73,13 +62,14 @@ impl Receiving {
             }
         }
         self.settle()?;
-        if let Some(session) = &self.session {
-            tracing::debug!(%hash, "a content is not known here: asked for");
-            session.miss(hash);
-        }
+        tracing::debug!(%hash, "a content is not known here: asked for");
         loop {
             if let Some(content) = self.at_hand(hash, size, lsn)? {
                 return Ok(content);
+            }
+            // Once more, should it have come and be gone again: a full disk lets go of what no txn has named yet.
+            if let Some(session) = &self.session {
+                session.miss(hash);
             }
             self.wait(|event| if matches!(event, Event::Staged) { Ok(()) } else { Err(event) })?;
         }
@@ -97,10 +87,17 @@ impl Receiving {
             Some(staged) if staged == size && size <= INLINE_MAX as u64 => {
                 let mut bytes = vec![0; size as usize];
                 self.staging.object(hash).and_then(|file| file.read_exact_at(&mut bytes, 0)).map_err(failed)?;
-                self.staging.release(hash); // The record has it.
-                Ok((ContentHash::of(&bytes) == hash).then(|| Content::Inline(ByteBuf::from(bytes))))
+                if ContentHash::of(&bytes) != hash {
+                    self.staging.discard(hash);
+                    return Ok(None);
+                }
+                // The record has it, and may be taken back before it is durable.
+                self.staging.pin(hash, lsn);
+                Ok(Some(Content::Inline(ByteBuf::from(bytes))))
             }
-            Some(staged) if staged == size => Ok(self.staging.pin(hash, lsn).then_some(Content::Staged)),
+            Some(staged) if staged == size && self.staging.is_sound(hash).map_err(failed)? => {
+                Ok(self.staging.pin(hash, lsn).then_some(Content::Staged))
+            }
             _ => Ok(None),
         }
     }

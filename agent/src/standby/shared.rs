@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 #[cfg(test)]
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -69,8 +69,11 @@ impl StandbyStatus {
 
 /// Bytes of frames that may wait for the receiver.
 pub(super) const QUEUE_BYTES: usize = 16 * 1024 * 1024;
-/// Bulk objects a session may have open at once: file descriptors and buffers stay bounded.
+/// Bulk objects a session may have open at once: file descriptors and buffers stay bounded. The next one is not read before there is room.
 pub(super) const OBJECTS_MAX: usize = 64;
+
+/// Staged objects that a primary may say it wants, about.
+const KEPT_MAX: usize = 1 << 20;
 
 /// The session that is open, as every thread sees it.
 pub(super) struct SessionShared {
@@ -79,7 +82,8 @@ pub(super) struct SessionShared {
     failed: watch::Sender<Option<StandbyError>>,
     /// In KiB: room in the receiver's queue.
     pub(super) budget: Arc<Semaphore>,
-    pub(super) objects: AtomicUsize,
+    /// Room for bulk objects.
+    pub(super) objects: Arc<Semaphore>,
     missed: Mutex<BTreeSet<ContentHash>>,
     gone: Mutex<BTreeSet<ContentHash>>,
     /// Asked for by `verify`, one after the other; whether it was said that it will not come.
@@ -97,7 +101,7 @@ impl SessionShared {
             out,
             failed: watch::Sender::new(None),
             budget: Arc::new(Semaphore::new(QUEUE_BYTES / 1024)),
-            objects: AtomicUsize::new(0),
+            objects: Arc::new(Semaphore::new(OBJECTS_MAX)),
             missed: Mutex::default(),
             gone: Mutex::default(),
             wanted: Mutex::default(),
@@ -127,7 +131,10 @@ impl SessionShared {
     /// More of what the primary still wants; all of it when those were the `last`.
     pub(super) fn note_kept(&self, hashes: Vec<ContentHash>, last: bool) -> Option<HashSet<ContentHash>> {
         let mut kept = lock(&self.kept);
-        kept.extend(hashes);
+        // Nobody has more; what is not noted is sent again.
+        if kept.len() < KEPT_MAX {
+            kept.extend(hashes);
+        }
         last.then(|| std::mem::take(&mut *kept))
     }
 

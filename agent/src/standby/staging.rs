@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use twinbox_protocol::ids::{ContentHash, Lsn};
@@ -52,8 +52,6 @@ pub(super) struct Staging {
     names: Together,
     next: AtomicU64,
     session: AtomicU64,
-    /// Objects being written now.
-    pub(super) writing: AtomicUsize,
 }
 
 /// Work that serves everybody who was waiting when it began.
@@ -108,11 +106,11 @@ impl Staging {
                 None => fs::remove_file(item.path())?,
             }
         }
-        let (next, session, writing) = (AtomicU64::new(0), AtomicU64::new(0), AtomicUsize::new(0));
+        let (next, session) = (AtomicU64::new(0), AtomicU64::new(0));
         let handle = File::open(dir)?;
         // Of a name that was given before a kill nobody knows whether it is durable.
         handle.sync_all()?;
-        Ok(Staging { dir: dir.into(), handle, objects: Mutex::new(objects), names: Together::default(), next, session, writing })
+        Ok(Staging { dir: dir.into(), handle, objects: Mutex::new(objects), names: Together::default(), next, session })
     }
 
     /// A session begins.
@@ -164,12 +162,14 @@ impl Staging {
         File::open(self.path(hash))
     }
 
-    /// Whether an object is here; it is wanted again then.
-    fn is_here(&self, hash: ContentHash) -> bool {
+    /// Whether an object is here; it is wanted again then, if that session is not over.
+    fn is_here(&self, hash: ContentHash, session: u64) -> bool {
         let mut objects = lock(&self.objects);
-        let session = self.session.load(Ordering::Acquire);
-        let here = objects.get_mut(&hash).filter(|object| object.ready);
-        here.map(|object| (object.released, object.again, object.session) = (false, object.pin.is_some(), session)).is_some()
+        let Some(object) = objects.get_mut(&hash).filter(|object| object.ready) else { return false };
+        if session == self.session.load(Ordering::Acquire) {
+            (object.released, object.again, object.session) = (false, object.pin.is_some(), session);
+        }
+        true
     }
 
     /// Keeps an object until the checkpoint passes `lsn`; `false` when it is not there.
@@ -194,10 +194,39 @@ impl Staging {
         }
     }
 
-    /// The txns after `lsn` were taken back.
+    /// The txns after `lsn` were taken back. One before it, which the checkpoint has not passed, may name the same content.
     pub(super) fn unpin_after(&self, lsn: Lsn) {
         for object in lock(&self.objects).values_mut().filter(|o| o.pin > Some(lsn)) {
-            object.pin = None;
+            (object.pin, object.again) = (Some(lsn), true);
+        }
+    }
+
+    /// Whether an object holds what its name says: one that an earlier session sent has been here for a while, and is read once. A damaged one goes.
+    pub(super) fn is_sound(&self, hash: ContentHash) -> io::Result<bool> {
+        let now = self.session.load(Ordering::Acquire);
+        if lock(&self.objects).get(&hash).is_some_and(|object| object.session == now) {
+            return Ok(true);
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(self.object(hash)?)?;
+        let sound = ContentHash(*hasher.finalize().as_bytes()) == hash;
+        if !sound {
+            tracing::error!(%hash, "a staged content is damaged, and asked for again: check the disk of the state directory");
+            self.discard(hash);
+        } else if let Some(object) = lock(&self.objects).get_mut(&hash) {
+            object.session = now;
+        }
+        Ok(sound)
+    }
+
+    /// An object that is not what its name says.
+    pub(super) fn discard(&self, hash: ContentHash) {
+        let mut objects = lock(&self.objects);
+        if objects.get(&hash).is_some_and(|object| object.pin.is_none() && object.writers == 0) {
+            objects.remove(&hash);
+            if let Err(error) = fs::remove_file(self.dir.join(hash.to_string())) {
+                tracing::warn!(%error, "cannot remove a staged object");
+            }
         }
     }
 
@@ -214,13 +243,16 @@ impl Staging {
     pub(super) fn create(self: &Arc<Self>) -> io::Result<Part> {
         let path = self.dir.join(format!("{}.part", self.next.fetch_add(1, Ordering::Relaxed)));
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-        Ok(Part { staging: self.clone(), file, path, hasher: blake3::Hasher::new(), size: 0, copied: false, done: false })
+        let session = self.session.load(Ordering::Acquire);
+        Ok(Part { staging: self.clone(), session, file, path, hasher: blake3::Hasher::new(), size: 0, copied: false, done: false })
     }
 }
 
 /// An object being written, in order. Dropped unfinished, it goes.
 pub(super) struct Part {
     staging: Arc<Staging>,
+    /// That sends it.
+    session: u64,
     pub(super) file: File,
     path: PathBuf,
     hasher: blake3::Hasher,
@@ -314,7 +346,7 @@ impl Part {
         if got != hash || size != self.size {
             return Ok(Finished::Wrong);
         }
-        if self.staging.is_here(hash) {
+        if self.staging.is_here(hash, self.session) {
             return Ok(Finished::Staged);
         }
         self.file.set_len(self.size)?;
@@ -326,9 +358,12 @@ impl Part {
             fs::rename(&self.path, staging.path(hash))?;
             self.done = true;
             // Not yet there for anybody, nor for a checkpoint to remove.
-            let session = staging.session.load(Ordering::Acquire);
-            let object = objects.entry(hash).or_insert(Object::new(size, session));
-            (object.released, object.session) = (false, session);
+            // Of a session that is over, nobody knows of it: the one that runs may have said already what it wants.
+            let late = self.session != staging.session.load(Ordering::Acquire);
+            let object = objects.entry(hash).or_insert(Object { released: late, ..Object::new(size, self.session) });
+            if !late {
+                (object.released, object.session) = (false, self.session);
+            }
             object.writers += 1;
         }
         // Known once its name is durable, so that no txn is acknowledged on one that is not.

@@ -120,6 +120,7 @@ fn holds(generation: u8, lsn: u64, chain_at_yours: Option<u8>) -> Replica {
         position: at(lsn),
         digest: Digest([5; 4]),
         chain_at_yours: chain_at_yours.map(|c| ChainHash([c; 32])),
+        complete: true,
     }
 }
 

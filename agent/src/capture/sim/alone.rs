@@ -41,6 +41,8 @@ struct World {
     objects: HashMap<u64, Object>,
     /// Objects at hand, and words to the primary that are on their way.
     staged: BTreeSet<ContentHash>,
+    /// Whether the standby is at a cut, by its last txn.
+    whole: bool,
     /// Of those, what is still wanted, while it is being said.
     kept: BTreeSet<ContentHash>,
     missed: BTreeSet<ContentHash>,
@@ -83,6 +85,7 @@ impl World {
             objects: HashMap::new(),
             staged: BTreeSet::new(),
             kept: BTreeSet::new(),
+            whole: false,
             missed: BTreeSet::new(),
             words: VecDeque::new(),
             received: VecDeque::new(),
@@ -109,7 +112,7 @@ impl World {
     /// An agent comes up on the state the one before left.
     fn start(&mut self) {
         self.lives += 1;
-        let engine = open_engine(&self.dir.path().join("state"), &self.server, self.lives);
+        let engine = open_engine("a", &self.dir.path().join("state"), &self.server, self.lives);
         self.engine = Some(engine);
     }
 
@@ -130,6 +133,7 @@ impl World {
                 position: self.position,
                 digest: self.replica.digest(),
                 chain_at_yours: self.chains.get(&hello.position.lsn).copied(),
+                complete: self.whole,
             },
         };
         let (reply, mut answer) = oneshot::channel();
@@ -301,6 +305,7 @@ impl World {
         }
         let Some(txn) = self.received.pop_front() else { return false };
         let lsn = txn.position.lsn;
+        self.whole = txn.flags & FLAG_INITIAL == 0;
         self.replica.set_lsn(lsn);
         for op in &txn.ops {
             self.receive(op);

@@ -4,7 +4,7 @@
 //! The server's changes and the faults follow from the seed; when a file is at rest long enough to be read does not. `TWINBOX_SIM_SEED=N` runs one seed, `TWINBOX_SIM_SEEDS=N` so many.
 //! `TWINBOX_SIM_HARD=1` adds what is known to fail at times: files that change in place under names in several groups, and files of one size that follow each other under one inode number within a tick of the clock (ARCHITECTURE, Open defects).
 //!
-//! `alone`: the primary and a model standby, every txn checked. `nodes`: both nodes on disks of their own, real file systems that lose what was not synced.
+//! `alone`: the primary and a model standby, every txn checked. `nodes`: both nodes on disks of their own, real file systems that lose what was not synced. `roles`: the same, when the primary is lost, the standby promoted, and the first comes back.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,6 +17,7 @@ use server::Server;
 mod alone;
 mod disk;
 mod nodes;
+mod roles;
 mod server;
 
 /// Which seeds to run.
@@ -47,8 +48,9 @@ impl Seeds {
 }
 
 /// An engine comes up on the state the one before left; the server works in the middle of its steps.
-fn open_engine(state: &Path, server: &Arc<Mutex<Server>>, life: u8) -> Engine {
-    let mut engine = testing::engine(testing::config(&server.lock().unwrap().root, state, life));
+fn open_engine(node: &str, state: &Path, server: &Arc<Mutex<Server>>, life: u8) -> Engine {
+    let config = testing::config(&server.lock().unwrap().root, state, life);
+    let mut engine = testing::engine(CaptureConfig { node: node.into(), ..config });
     let server = server.clone();
     engine.meanwhile = Some(Box::new(move || {
         let mut server = server.lock().unwrap();

@@ -30,6 +30,8 @@ use crate::standby::{ObjectWriter, Session, Standby, StandbyConfig, StandbyError
 
 /// Far above what anything takes.
 const LONG: Duration = Duration::from_secs(60);
+/// The two nodes.
+pub(super) const NAMES: [&str; 2] = ["a", "b"];
 const FILLED: &str = "disk filled or freed";
 
 /// What the network holds.
@@ -53,26 +55,34 @@ enum Forth {
     Stored(Lsn),
 }
 
-struct Nodes {
-    disks: [Disk; 2],
+pub(super) struct Nodes {
+    pub(super) disks: [Disk; 2],
+    /// Which of them is the primary; the other is its standby, or has not come back yet.
+    pub(super) primary: usize,
+    pub(super) away: bool,
+    /// Whether they change roles, too.
+    changes_roles: bool,
     runtime: Runtime,
-    server: Arc<Mutex<Server>>,
-    rng: Rng,
-    engine: Option<Engine>,
-    standby: Option<Standby>,
+    pub(super) server: Arc<Mutex<Server>>,
+    pub(super) rng: Rng,
+    pub(super) engine: Option<Engine>,
+    pub(super) standby: Option<Standby>,
     link: Option<Link>,
     lives: u8,
     sessions: u64,
     /// The highest LSN of which the primary was told that it is durable.
-    acknowledged: Lsn,
+    pub(super) acknowledged: Lsn,
     /// Which state each group on the standby is at least in.
-    known: BTreeMap<String, usize>,
+    pub(super) known: BTreeMap<String, usize>,
     /// Messages on the standby when last looked at, and those that a fence answered for.
-    seen: BTreeSet<ContentHash>,
-    promised: BTreeSet<ContentHash>,
-    fences: Vec<Fence>,
-    full: bool,
-    counts: BTreeMap<&'static str, usize>,
+    pub(super) seen: BTreeSet<ContentHash>,
+    pub(super) promised: BTreeSet<ContentHash>,
+    pub(super) fences: Vec<Fence>,
+    pub(super) full: bool,
+    /// Messages that a node which is away has, and those that both had when the other was promoted.
+    pub(super) tail: BTreeSet<ContentHash>,
+    pub(super) fork: BTreeSet<ContentHash>,
+    pub(super) counts: BTreeMap<&'static str, usize>,
     problems: Vec<String>,
 }
 
@@ -106,11 +116,11 @@ impl Source for ByHand<'_> {
 }
 
 impl Nodes {
-    fn new(seed: u64, changes: usize) -> Result<Nodes, String> {
+    fn new(seed: u64, changes: usize, changes_roles: bool) -> Result<Nodes, String> {
         let kind = if seed.is_multiple_of(2) { "ext4" } else { "xfs" };
         let disks = [Disk::new(kind)?, Disk::new(kind)?];
-        for (disk, tree) in disks.iter().zip(["store", "replica"]) {
-            for name in [tree, "state", "aside"] {
+        for disk in &disks {
+            for name in ["store", "state", "aside"] {
                 fs::create_dir(disk.path().join(name)).unwrap();
             }
         }
@@ -118,6 +128,9 @@ impl Nodes {
         server.syncs = true;
         let mut nodes = Nodes {
             disks,
+            primary: 0,
+            away: false,
+            changes_roles,
             runtime: Builder::new_current_thread().enable_all().build().unwrap(),
             server: Arc::new(Mutex::new(server)),
             rng: Rng(!seed),
@@ -132,6 +145,8 @@ impl Nodes {
             promised: BTreeSet::new(),
             fences: vec![],
             full: false,
+            tail: BTreeSet::new(),
+            fork: BTreeSet::new(),
             counts: BTreeMap::new(),
             problems: vec![],
         };
@@ -142,36 +157,40 @@ impl Nodes {
         Ok(nodes)
     }
 
-    fn server(&self) -> MutexGuard<'_, Server> {
+    pub(super) fn server(&self) -> MutexGuard<'_, Server> {
         self.server.lock().unwrap()
     }
 
-    fn count(&mut self, what: &'static str) {
+    pub(super) fn count(&mut self, what: &'static str) {
         if !what.starts_with("fence") {
             self.server().said.push(format!("-- {what}"));
         }
         *self.counts.entry(what).or_default() += 1;
     }
 
-    fn state_dir(&self, node: usize) -> PathBuf {
+    pub(super) fn state_dir(&self, node: usize) -> PathBuf {
         self.disks[node].path().join("state")
     }
 
-    fn replica(&self) -> PathBuf {
-        self.disks[1].path().join("replica")
+    pub(super) fn other(&self) -> usize {
+        1 - self.primary
     }
 
-    fn start_primary(&mut self) {
+    pub(super) fn tree(&self, node: usize) -> PathBuf {
+        self.disks[node].path().join("store")
+    }
+
+    pub(super) fn start_primary(&mut self) {
         self.lives += 1;
-        self.engine = Some(open_engine(&self.state_dir(0), &self.server, self.lives));
+        self.engine = Some(open_engine(NAMES[self.primary], &self.state_dir(self.primary), &self.server, self.lives));
     }
 
-    fn start_standby(&mut self) {
-        let state = self.state_dir(1);
+    pub(super) fn start_standby(&mut self) {
+        let state = self.state_dir(self.other());
         let known = NodeState::open(&state).unwrap().mirror("m").unwrap();
         let config = StandbyConfig {
             mirror: "m".into(),
-            root: self.replica(),
+            root: self.tree(self.other()),
             state_dir: state.join("mirrors/m"),
             adopt: false,
             redo_max_bytes: 64 << 20,
@@ -188,7 +207,7 @@ impl Nodes {
         self.engine.as_mut().unwrap().command(command).unwrap();
     }
 
-    fn handle(&self) -> StandbyHandle {
+    pub(super) fn handle(&self) -> StandbyHandle {
         self.standby.as_ref().unwrap().handle()
     }
 
@@ -235,16 +254,17 @@ impl Nodes {
                 }
             }
         };
-        if reset {
-            let node = NodeState::open(&self.state_dir(1)).unwrap();
-            let complete = node.mirror("m").unwrap().is_some_and(|known| known.complete);
-            node.set_mirror(
-                "m",
-                &MirrorState { role: Role::Standby, complete, lineage: hello.lineage.clone(), epoch: hello.epoch, ..history() },
-            )
-            .unwrap();
+        // As the link has it done: what the standby will follow is remembered before anything of it is written.
+        let node = NodeState::open(&self.state_dir(self.other())).unwrap();
+        let known = node.mirror("m").unwrap();
+        if reset || known.as_ref().is_none_or(|known| known.lineage.generation() != hello.lineage.generation()) {
+            let (complete, reserved) = known.map_or((false, Lsn::ZERO), |known| (known.complete, known.reserved));
+            let follows =
+                MirrorState { role: Role::Standby, complete, reserved, lineage: hello.lineage.clone(), epoch: hello.epoch, ..history() };
+            assert!(node.follow("m", &follows).unwrap());
             self.handle().follow(hello.lineage.clone(), hello.epoch);
         }
+        drop(node);
         let (told, words) = mpsc::unbounded_channel();
         let session = match self.runtime.block_on(self.handle().begin(from, reset, told)) {
             Ok(session) => session,
@@ -267,7 +287,7 @@ impl Nodes {
     }
 
     /// What was on its way is lost, in both directions.
-    fn cut(&mut self) {
+    pub(super) fn cut(&mut self) {
         self.hear();
         if self.link.take().is_some() {
             let id = self.sessions;
@@ -371,7 +391,7 @@ impl Nodes {
             };
             let end = matches!(item, BulkItem::End { .. });
             if let std::collections::hash_map::Entry::Vacant(slot) = link.writers.entry(id) {
-                match link.session.object() {
+                match self.runtime.block_on(tokio_soon(link.session.object())) {
                     Ok(writer) => drop(slot.insert(writer)),
                     Err(_) => break, // The session has failed.
                 }
@@ -406,6 +426,8 @@ impl Nodes {
                 self.fences.clear();
                 self.start_primary();
             }
+            40 | 41 if self.changes_roles && !self.away => self.fail_over(),
+            3..9 if self.away => {}
             3 | 4 if self.standby.is_some() => {
                 self.count("standby killed");
                 self.cut();
@@ -426,7 +448,10 @@ impl Nodes {
             30..32 => self.disks[self.rng.next(2)].sync(), // As the kernel does by itself.
             _ => {}
         }
-        if self.standby.is_none() && self.rng.one_in(20) {
+        if self.away && self.rng.one_in(60) {
+            self.come_back();
+        }
+        if self.standby.is_none() && !self.away && self.rng.one_in(20) {
             self.start_standby();
         }
         if self.link.is_none() && self.standby.is_some() && self.rng.one_in(15) {
@@ -448,29 +473,23 @@ impl Nodes {
         if let Some(standby) = self.standby.take() {
             standby.crash();
         }
-        self.disks[1].lose_power();
-        self.disks[1].come_up();
+        let other = self.other();
+        self.disks[other].lose_power();
+        self.disks[other].come_up();
         self.full = false;
-        let _ = fs::remove_file(self.disks[1].path().join("filler"));
+        let _ = fs::remove_file(self.disks[other].path().join("filler"));
     }
 
     fn primary_loses_power(&mut self, both: bool) {
         self.count("primary lost power");
         self.cut();
         self.engine = None;
-        self.disks[0].lose_power();
+        self.disks[self.primary].lose_power();
         self.fences.clear();
         if both {
             self.standby_loses_power();
         }
-        self.disks[0].come_up();
-        // Another boot is one with another name.
-        let state = self.state_dir(0);
-        let node = NodeState::open(&state).unwrap();
-        if let Some(mark) = node.local_mark("m").unwrap() {
-            node.set_local_mark("m", &twinbox_resync::node::LocalMark { boot: "another".into(), ..mark }).unwrap();
-        }
-        drop(node);
+        self.come_up(self.primary);
         let now = wall();
         if self.standby.is_none() {
             self.start_standby();
@@ -484,20 +503,33 @@ impl Nodes {
         self.start_primary();
     }
 
-    fn heal(&mut self, booted: Time) {
-        let spec = MirrorSpec {
+    pub(super) fn come_up(&mut self, node: usize) {
+        self.disks[node].come_up();
+        // Another boot is one with another name.
+        let state = NodeState::open(&self.state_dir(node)).unwrap();
+        if let Some(mark) = state.local_mark("m").unwrap() {
+            state.set_local_mark("m", &twinbox_resync::node::LocalMark { boot: "another".into(), ..mark }).unwrap();
+        }
+    }
+
+    pub(super) fn spec(&self, node: usize, role: Role) -> MirrorSpec {
+        MirrorSpec {
             name: "m".into(),
-            root: self.server().root.clone(),
+            root: self.tree(node),
             layout: "plain".into(),
-            role: Role::Primary,
+            role,
             selection: Selection::new(Layout::Plain, vec![]),
             grouping: Grouping::new(vec![]),
             adopt: false,
             sweep: None,
             fuzzy_after: None,
             tool: std::sync::Arc::default(),
-        };
-        let Some(mut job) = crate::heal::need("a", &self.state_dir(0), spec, false).unwrap() else { return };
+        }
+    }
+
+    fn heal(&mut self, booted: Time) {
+        let (node, spec) = (self.primary, self.spec(self.primary, Role::Primary));
+        let Some(mut job) = crate::heal::need(NAMES[node], &self.state_dir(node), spec, false).unwrap() else { return };
         job.booted_at(booted);
         let hello = by_hand::hello(&job);
         let replica = self.runtime.block_on(self.handle().replica(&hello)).unwrap_or_else(|refusal| panic!("{}", refusal.message));
@@ -513,7 +545,7 @@ impl Nodes {
     }
 
     /// Every message that a fence answered for, and that the server did not remove, is in the store.
-    fn check_promises(&mut self) {
+    pub(super) fn check_promises(&mut self) {
         let server = self.server();
         let mut here = BTreeSet::new();
         each_below(&server.root, &mut |path, meta| {
@@ -528,7 +560,7 @@ impl Nodes {
     }
 
     /// What happened lately, and where messages should be.
-    fn story(&self, messages: &[ContentHash]) -> String {
+    pub(super) fn story(&self, messages: &[ContentHash]) -> String {
         let server = self.server();
         let held = |content: &usize| messages.contains(&server.hashes[*content]);
         let paths: Vec<&String> =
@@ -536,9 +568,9 @@ impl Nodes {
         format!("in the store {paths:?}; {:#?}", &server.said[server.said.len().saturating_sub(300)..])
     }
 
-    fn fill(&mut self) {
+    pub(super) fn fill(&mut self) {
         self.count(FILLED);
-        let filler = self.disks[1].path().join("filler");
+        let filler = self.disks[self.other()].path().join("filler");
         self.full = !self.full;
         if !self.full {
             let _ = fs::remove_file(filler);
@@ -552,7 +584,7 @@ impl Nodes {
     }
 
     fn group(&self, group: &str) -> State {
-        let root = self.replica();
+        let root = self.tree(self.other());
         let mut state = State::new();
         if !root.join(group).is_dir() {
             return state;
@@ -621,6 +653,9 @@ impl Nodes {
             self.fill();
         }
         self.server().left = 0;
+        if self.away {
+            self.come_back();
+        }
         for _ in 0..2 {
             self.engine.as_mut().unwrap().boundary().unwrap();
             loop {
@@ -677,8 +712,8 @@ fn nearest(now: &State, states: &[State]) -> String {
     best.map_or_else(String::new, |((_, text), at)| format!("nearest is {at} of {}: {text}", states.len()))
 }
 
-fn run(seed: u64) -> BTreeMap<&'static str, usize> {
-    let mut nodes = Nodes::new(seed, 300).unwrap_or_else(|error| panic!("{error}"));
+fn run(seed: u64, changes_roles: bool) -> BTreeMap<&'static str, usize> {
+    let mut nodes = Nodes::new(seed, 300, changes_roles).unwrap_or_else(|error| panic!("{error}"));
     let end = Instant::now() + 2 * LONG;
     while nodes.server().left > 0 {
         assert!(Instant::now() < end, "the server's changes do not come to an end");
@@ -688,12 +723,22 @@ fn run(seed: u64) -> BTreeMap<&'static str, usize> {
     std::mem::take(&mut nodes.counts)
 }
 
-#[test]
-fn two_nodes_on_disks_that_lose_power() {
-    if let Err(error) = Nodes::new(0, 0).and_then(|_| Nodes::new(1, 0)) {
+/// Runs seeds, where file systems can be mounted.
+fn seeds(test: &str, usual: u64, changes_roles: bool) {
+    if let Err(error) = Nodes::new(0, 0, false).and_then(|_| Nodes::new(1, 0, false)) {
         assert!(std::env::var_os("CI").is_none(), "file systems of our own cannot be mounted: {error}");
         eprintln!("SKIPPED: file systems of our own cannot be mounted, so no machine loses power here: {error}");
         return;
     }
-    Seeds::from_env(100).run("two_nodes_on_disks_that_lose_power", run);
+    Seeds::from_env(usual).run(test, |seed| run(seed, changes_roles));
+}
+
+#[test]
+fn two_nodes_on_disks_that_lose_power() {
+    seeds("two_nodes_on_disks_that_lose_power", 100, false);
+}
+
+#[test]
+fn two_nodes_that_change_roles() {
+    seeds("two_nodes_that_change_roles", 30, true);
 }

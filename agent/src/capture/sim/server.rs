@@ -41,7 +41,7 @@ pub(super) type State = BTreeMap<String, Option<ContentHash>>;
 /// The mail server, what its store holds, and every state each group was in.
 pub(super) struct Server {
     pub(super) root: PathBuf,
-    aside: PathBuf,
+    pub(super) aside: PathBuf,
     pub(super) rng: Rng,
     pub(super) tree: Tree,
     /// Contents of files, shared by the names of one inode.

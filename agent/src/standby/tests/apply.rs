@@ -105,7 +105,7 @@ async fn a_local_edit_is_kept_in_rescue_and_then_overwritten() {
     let lsn = rig.send_raw([vec![patch], ops].concat(), 0).await;
     let ToPrimary::Miss { hash } = rig.until(|m| matches!(m, ToPrimary::Miss { .. })).await else { unreachable!() };
     assert_eq!(hash, ContentHash::of(&wanted));
-    let mut object = rig.session.as_ref().unwrap().object().unwrap();
+    let mut object = soon(rig.session.as_ref().unwrap().object()).await.unwrap();
     use twinbox_protocol::msg::BulkItem;
     use twinbox_protocol::ops::Seg;
     assert!(!soon(object.item(BulkItem::Seg(Seg::Data(ByteBuf::from(wanted.clone()))))).await.unwrap());

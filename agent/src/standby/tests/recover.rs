@@ -293,7 +293,7 @@ async fn large_objects_moved_and_patched_survive_a_crash() {
     let mut rig = Rig::new().await;
     let big = noise(9, 300_000);
     let hash = ContentHash::of(&big);
-    let mut object = rig.session.as_ref().unwrap().object().unwrap();
+    let mut object = soon(rig.session.as_ref().unwrap().object()).await.unwrap();
     use twinbox_protocol::msg::BulkItem;
     use twinbox_protocol::ops::Seg;
     for piece in big.chunks(70_000) {
