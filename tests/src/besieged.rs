@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::adversary::{Held, Sizes, Stage, WRITERS, check, prepare};
 use crate::dovecot::{self, Dovecot};
 use crate::gate::{nap_until, wait_until};
-use crate::mailload::{self, Load};
+use crate::mailload::{self, Done, Load};
 use crate::netns::Cable;
 use crate::node::Pair;
 use crate::rng::{Rng, Seed};
@@ -94,10 +94,24 @@ impl Drop for End<'_> {
 const READ: usize = 2;
 const ALL_EVERY: usize = 50;
 
-/// A Dovecot under load whose mirror's standby is killed `kills` times in `time`: a second Dovecot on a copy of each recovered replica must find nothing wrong. Gives the messages it showed each time, and
-/// of how many users.
+/// What was seen of a mail server.
+#[derive(Debug)]
+pub struct Mail {
+    /// Messages that each recovered replica showed, and of how many users.
+    pub shown: Vec<(usize, usize)>,
+    /// What the load did.
+    pub done: Done,
+    /// From the first change to the last kill's end.
+    pub took: Duration,
+}
+
+/// Messages delivered in one go; twice as many IMAP operations beside them.
+const ROUND: usize = 100;
+
+/// A Dovecot under load whose mirror's standby is killed `kills` times in `time`: a second Dovecot on a copy of each recovered replica must find nothing wrong. The load delivers `rate` messages a second
+/// (0: as fast as it goes, which takes all processors there are).
 #[must_use]
-pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<(usize, usize)> {
+pub fn mail(layout: Layout, time: Duration, kills: usize, rate: usize) -> Mail {
     let seed = Seed::from_env();
     let scratch = Scratch::new("besieged-mail");
     let root = dovecot::store(&scratch, "store");
@@ -108,18 +122,22 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<(usize, usize)>
     let server = Dovecot::start(&root, layout);
     let busy = AtomicBool::new(true);
     let mut shown = vec![];
-    std::thread::scope(|scope| {
+    let began = Instant::now();
+    let (done, took) = std::thread::scope(|scope| {
         let load = scope.spawn(|| {
-            let mut round = 0;
+            let (mut round, mut done) = (0, Done::default());
             while busy.load(Ordering::SeqCst) {
-                mailload::run(&server, Load::new(100, users.len(), seed.0 + round))?;
+                done += mailload::run(&server, Load::new(ROUND, users.len(), seed.0 + round))?;
                 round += 1;
+                if rate > 0 {
+                    nap_until(began + Duration::from_secs_f64((round as usize * ROUND) as f64 / rate as f64));
+                }
             }
-            Ok::<_, std::io::Error>(())
+            Ok::<_, std::io::Error>(done)
         });
         let _rest = Rest(&busy);
         let mut rng = Rng::part(seed.0, 698);
-        let (began, share) = (Instant::now(), time / kills.max(1) as u32);
+        let share = time / kills.max(1) as u32;
         for kill in 0..kills {
             let jitter = Duration::from_micros(rng.below(share.as_micros().min(1_000_000) as usize / 2 + 1) as u64);
             nap_until((began + share * kill as u32).max(Instant::now()) + share / 4 + jitter);
@@ -129,8 +147,6 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<(usize, usize)>
                 some.swap_remove(rng.below(some.len()));
             }
             // A Dovecot changes what it opens.
-            let copy = scratch.join("copy");
-            let _ = std::fs::remove_dir_all(&copy);
             let copy = dovecot::store(&scratch, "copy");
             let theirs = some.iter().map(|user| replica.join(user)).filter(|dir| dir.exists());
             let done = Command::new("cp").arg("-a").args(theirs).arg(&copy).status().expect("cp");
@@ -147,12 +163,15 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<(usize, usize)>
             let complaints = reader.complaints();
             assert!(complaints.is_empty(), "kill {kill}: the recovered replica is not sound:\n{}", complaints.join("\n"));
             reader.stop();
+            // Not while the standby is kept apart: it is there for as long as it can be.
+            let _ = std::fs::remove_dir_all(&copy);
             let messages = dump.values().flat_map(|account| account.mailboxes.values()).map(|mailbox| mailbox.messages.len()).sum();
             shown.push((messages, some.len()));
             eprintln!("kill {kill}, {} s: {messages} messages of {} users, sound", began.elapsed().as_secs(), some.len());
         }
+        let took = began.elapsed();
         drop(_rest);
-        load.join().expect("the load panicked")
+        Ok::<_, std::io::Error>((load.join().expect("the load panicked")?, took))
     })
     .unwrap_or_else(|e| panic!("load: {e}"));
     server.stop();
@@ -161,7 +180,7 @@ pub fn mail(layout: Layout, time: Duration, kills: usize) -> Vec<(usize, usize)>
     }
     pair.primary.stop();
     pair.standby.stop();
-    shown
+    Mail { shown, done, took }
 }
 
 /// Ends the load, also when a check fails.

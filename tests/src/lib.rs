@@ -4,12 +4,13 @@
 //! directory trees the same?), [`twinbox`], [`live`], [`node`] and [`refusal`] (the product's processes), [`dovecot`], [`imap`],
 //! [`lmtp`] and [`mailload`] (a real mail server and what happens to it), [`storm`] (changes without a mail server), [`script`] (changes
 //! whose every moment is known), [`netns`] and
-//! [`relay`] (networks that fail), [`disk`], [`platter`] and [`powercut`] (disks that do), [`bench`](mod@bench) (what the measuring programs share).
+//! [`relay`] (networks that fail), [`slow`] (networks that are long), [`disk`], [`platter`] and [`powercut`] (disks that do), [`bench`](mod@bench) and [`arrivals`] (what the measuring programs share).
 //!
 //! Rules: waits are bounded and look at a condition, never at the clock alone; every random choice comes from a seed that a failing
 //! test prints; only processes started here are ever signalled, by their id.
 
 pub mod adversary;
+pub mod arrivals;
 pub mod bench;
 pub mod besieged;
 pub mod disk;
@@ -32,6 +33,7 @@ pub mod relay;
 pub mod rng;
 pub mod scratch;
 pub mod script;
+pub mod slow;
 pub mod storm;
 pub mod tree;
 pub mod twinbox;

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::slow::{Line, Slow};
+
 /// One network namespace with one end of the cable.
 #[derive(Debug)]
 pub struct Namespace {
@@ -88,6 +90,8 @@ impl Traffic {
 /// Two namespaces and the cable between them.
 #[derive(Debug)]
 pub struct Cable {
+    /// What delays its packets; ends before the namespaces go.
+    slow: Option<Slow>,
     /// One end.
     pub a: Namespace,
     /// The other.
@@ -95,9 +99,7 @@ pub struct Cable {
 }
 
 impl Cable {
-    /// Makes both namespaces, joined.
-    #[must_use]
-    pub fn new() -> Self {
+    fn apart() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let tag = format!("{}{}", std::process::id(), (b'a' + (n % 26) as u8) as char);
@@ -105,15 +107,34 @@ impl Cable {
             let address = Ipv4Addr::new(10, 213, 7, last);
             Namespace::new(format!("twb{tag}{side}"), format!("tw{tag}{side}"), address)
         };
-        let cable = Self { a: end("a", 1), b: end("b", 2) };
+        let cable = Self { a: end("a", 1), b: end("b", 2), slow: None };
+        for end in [&cable.a, &cable.b] {
+            ip(&["-n", &end.name, "link", "set", "lo", "up"]);
+        }
+        cable
+    }
+
+    /// Makes both namespaces, joined.
+    #[must_use]
+    pub fn new() -> Self {
+        let cable = Self::apart();
         let (a, b) = (&cable.a, &cable.b);
         ip(&["link", "add", &a.interface, "netns", &a.name, "type", "veth", "peer", "name", &b.interface, "netns", &b.name]);
         for end in [a, b] {
             let address = format!("{}/24", end.address);
             ip(&["-n", &end.name, "addr", "add", &address, "dev", &end.interface]);
-            ip(&["-n", &end.name, "link", "set", "lo", "up"]);
             ip(&["-n", &end.name, "link", "set", &end.interface, "up"]);
         }
+        cable
+    }
+
+    /// Makes both namespaces, joined by a long line (needs `socat`).
+    #[must_use]
+    pub fn long(line: Line) -> Self {
+        let mut cable = Self::apart();
+        let ends = [&cable.a, &cable.b].map(|end| (end.prefix(), end.interface.clone(), format!("{}/24", end.address)));
+        let [a, b] = &ends;
+        cable.slow = Some(Slow::start([(&a.0, &a.1, &a.2), (&b.0, &b.1, &b.2)], line, 1).expect("a long line"));
         cable
     }
 

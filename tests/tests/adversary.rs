@@ -26,7 +26,7 @@ fn no_state_that_never_was() {
 fn mail(layout: Layout) {
     require!(Need::Namespaces, Need::Dovecot);
     let _turn = heavy();
-    let shown = besieged::mail(layout, Duration::from_secs(20), 4);
+    let besieged::Mail { shown, .. } = besieged::mail(layout, Duration::from_secs(20), 4, 0);
     eprintln!("{}: messages shown after each kill: {shown:?}", layout.name());
     assert!(shown.windows(2).filter(|pair| pair[0] != pair[1]).count() >= 2, "{shown:?}");
 }

@@ -1,5 +1,5 @@
 //! Adversarial writers for as long as wanted, the standby killed under them: `cargo run -p twinbox-tests --bin adversary [-- --seconds N] [--kills N] [--mail]`.
-//! With `--mail` a Dovecot under load (maildir, then mdbox) in their place, and a second one that reads each recovered replica.
+//! With `--mail` a Dovecot under load (maildir, then mdbox; `--rate N`: messages a second, else as fast as it goes) in their place, and a second one that reads each recovered replica.
 //! Root needed (network namespaces). Ends with a panic at the first state that never was; says what was looked at.
 
 use std::time::Duration;
@@ -19,9 +19,9 @@ fn refuse_others() {
     while let Some(word) = words.next() {
         match word.as_str() {
             "--mail" => {}
-            "--seconds" | "--kills" | "--layout" => drop(words.next()),
+            "--seconds" | "--kills" | "--layout" | "--rate" => drop(words.next()),
             _ => {
-                eprintln!("adversary [--seconds N] [--kills N] [--mail [--layout maildir|mdbox]]: not known: {word}");
+                eprintln!("adversary [--seconds N] [--kills N] [--mail [--layout maildir|mdbox] [--rate N]]: not known: {word}");
                 std::process::exit(2);
             }
         }
@@ -38,11 +38,9 @@ fn main() {
         let layouts: Vec<Layout> = layouts.collect();
         let share = layouts.len().max(1) as u32;
         for layout in layouts {
-            println!(
-                "{}: messages shown after each kill, and of how many users: {:?}",
-                layout.name(),
-                besieged::mail(layout, time / share, kills / share as usize)
-            );
+            let mail = besieged::mail(layout, time / share, kills / share as usize, option("--rate", 0));
+            println!("{}: {} kills in {} s; the load: {:?}", layout.name(), mail.shown.len(), mail.took.as_secs(), mail.done);
+            println!("messages shown after each kill, and of how many users: {:?}", mail.shown);
         }
         return;
     }
