@@ -20,9 +20,17 @@ fmt:
 demo *ARGS:
     cargo run --release -p twinbox -- demo {{ ARGS }}
 
-# Benchmarks.
+# Twinbox beside rsync, lsyncd, syncthing and unison: every workload, round after round (root; about half an hour a round). See benches/README.md.
 bench *ARGS:
-    cargo bench -p twinbox-benches {{ ARGS }}
+    cargo run --release -p twinbox-benches --bin compare -- {{ ARGS }}
+
+# The single steps, timed.
+micro *ARGS:
+    cargo bench -p twinbox-benches --bench micro -- {{ ARGS }}
+
+# Keeps the instruction counts as they are now, after a change that is meant to cost more (or costs less).
+bless-instructions:
+    TWINBOX_BLESS=1 cargo test -p twinbox-benches --test instructions
 
 # The simulation, seed after seed, until stopped or until one fails.
 soak FROM="1":
@@ -31,6 +39,10 @@ soak FROM="1":
 # The simulation of both nodes (root), likewise.
 soak-nodes FROM="1":
     TWINBOX_SIM_FROM={{ FROM }} TWINBOX_SIM_SEEDS=1000000 cargo test -p twinbox --lib two_nodes_on_disks -- --nocapture
+
+# The simulation of both nodes with promotions and returns (root), likewise.
+soak-roles FROM="1":
+    TWINBOX_SIM_FROM={{ FROM }} TWINBOX_SIM_SEEDS=1000000 cargo test -p twinbox --lib two_nodes_that_change_roles -- --nocapture
 
 # Fuzz one target for some seconds (needs cargo-fuzz; RUSTC_BOOTSTRAP lets a stable toolchain instrument). See CONTRIBUTING.md.
 fuzz TARGET SECONDS="600" *ARGS:

@@ -1,1 +1,5 @@
 //! Benchmarks of Twinbox.
+
+pub mod burst;
+pub mod compare;
+pub mod steps;

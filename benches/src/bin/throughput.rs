@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
 use rustix::process::{Pid, Signal, kill_process};
+use twinbox_benches::burst::{Burst, mailboxes};
 use twinbox_tests::bench::Samples;
-use twinbox_tests::mailload::sized_message;
-use twinbox_tests::rng::Rng;
 
 /// How often the replica is counted: coarse enough not to be the load itself.
 const LOOK: Duration = Duration::from_millis(20);
@@ -51,44 +50,6 @@ struct Options {
     /// One JSON object instead of the table
     #[arg(long)]
     json: bool,
-}
-
-/// The burst: every message with its place, ready in memory.
-struct Burst {
-    messages: Vec<(String, String, Vec<u8>)>,
-    bytes: u64,
-}
-
-impl Burst {
-    /// Sizes as in a mail store: many small, few large; scaled so that they add up to about `options.bytes`.
-    fn new(options: &Options) -> Self {
-        let mut rng = Rng::new(options.seed);
-        let shape = |rng: &mut Rng| match rng.below(100) {
-            0..70 => 2_000 + rng.below(10_000),
-            70..95 => 12_000 + rng.below(100_000),
-            _ => 150_000 + rng.below(600_000),
-        };
-        let sizes: Vec<usize> = (0..options.messages).map(|_| shape(&mut rng)).collect();
-        let scale = options.bytes as f64 / sizes.iter().sum::<usize>().max(1) as f64;
-        let message = |(n, size): (usize, &usize)| {
-            let user = format!("user{:03}", n % options.users.max(1));
-            let name = format!("1700000000.M{n:06}P1.host");
-            (format!("{user}/tmp/{name}"), format!("{user}/new/{name}"), sized_message(&mut rng, n, (*size as f64 * scale) as usize))
-        };
-        let messages: Vec<_> = sizes.iter().enumerate().map(message).collect();
-        let bytes = messages.iter().map(|(_, _, body)| body.len() as u64).sum();
-        Burst { messages, bytes }
-    }
-
-    /// Delivers every message as a mail server does: written to `tmp/`, renamed to `new/`.
-    fn deliver(&self, store: &Path) -> anyhow::Result<Duration> {
-        let began = Instant::now();
-        for (tmp, new, body) in &self.messages {
-            fs::write(store.join(tmp), body)?;
-            fs::rename(store.join(tmp), store.join(new))?;
-        }
-        Ok(began.elapsed())
-    }
 }
 
 /// What is compared while the clock runs.
@@ -127,11 +88,7 @@ fn until(what: &str, mut done: impl FnMut() -> anyhow::Result<bool>) -> anyhow::
 /// A store with empty mailboxes and the probe.
 fn store(dir: &Path, users: usize) -> anyhow::Result<PathBuf> {
     let store = dir.join("source");
-    for user in 0..users.max(1) {
-        for part in ["cur", "new", "tmp"] {
-            fs::create_dir_all(store.join(format!("user{user:03}/{part}")))?;
-        }
-    }
+    mailboxes(&store, users)?;
     fs::write(store.join(PROBE), "probe\n")?;
     Ok(store)
 }
@@ -258,7 +215,7 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     ensure!(options.rounds > 0 && options.messages > 0, "at least one round and one message");
     let program = program();
-    let burst = Burst::new(&options);
+    let burst = Burst::new(options.messages, options.bytes, options.users, options.seed);
     let (mut twinbox, mut rsync) = (Contender::default(), Contender::default());
     for round in 1..=options.rounds {
         for ours in [true, false] {
@@ -281,7 +238,7 @@ fn main() -> anyhow::Result<()> {
 fn report(options: &Options, burst: &Burst, contenders: &[(&str, &Contender)]) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let seconds = |samples: &Samples, percent| samples.percentile(percent).as_secs_f64();
-    let rates = |time: f64| (burst.bytes as f64 / 1e6 / time.max(1e-9), burst.messages.len() as f64 / time.max(1e-9));
+    let rates = |time: f64| (burst.bytes as f64 / 1e6 / time.max(1e-9), burst.len() as f64 / time.max(1e-9));
     if options.json {
         let figures: serde_json::Map<String, serde_json::Value> = contenders
             .iter()
@@ -296,13 +253,13 @@ fn report(options: &Options, burst: &Burst, contenders: &[(&str, &Contender)]) -
             })
             .collect();
         let result = serde_json::json!({
-            "messages": burst.messages.len(), "bytes": burst.bytes, "rounds": options.rounds, "seed": options.seed,
+            "messages": burst.len(), "bytes": burst.bytes, "rounds": options.rounds, "seed": options.seed,
             "rsync_fsync": options.rsync_fsync, "contenders": figures,
         });
         writeln!(out, "{result}")?;
         return Ok(());
     }
-    writeln!(out, "{} messages, {:.1} MB, {} rounds, medians", burst.messages.len(), burst.bytes as f64 / 1e6, options.rounds)?;
+    writeln!(out, "{} messages, {:.1} MB, {} rounds, medians", burst.len(), burst.bytes as f64 / 1e6, options.rounds)?;
     writeln!(
         out,
         "{:<10} {:>9} {:>12} {:>10} {:>9} {:>11}   identical, min to max",
