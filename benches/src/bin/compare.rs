@@ -55,7 +55,9 @@ fn machine(dir: &Path, line: Option<&str>) -> String {
     let disk = said("stat", &["-f", "-c", "%T", &dir.display().to_string()]).unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     let line = line.map_or(String::new(), |line| format!(", a line of {line}"));
-    format!("{cpus} processors shared by both ends, Linux {kernel}, {disk}{line}; twinbox {}", env!("CARGO_PKG_VERSION"))
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words = if words.is_empty() { String::new() } else { format!(" {}", words.join(" ")) };
+    format!("{cpus} processors shared by both ends, Linux {kernel}, {disk}{line}; twinbox {}; just bench{words}", env!("CARGO_PKG_VERSION"))
 }
 
 /// A local copy of the store of the first sync: nobody can be faster who reads and writes every file.

@@ -87,7 +87,7 @@ impl Workload {
     pub fn title(self, scale: Scale) -> String {
         match self {
             Self::Lag => format!("100 messages/s for {} s: from the rename here to the name there", scale.of(30)),
-            Self::Fence => "one fence at a time, idle".into(),
+            Self::Fence => "one delivery and its fence at a time".into(),
             Self::Burst => format!("{} messages at once, {} MB", scale.of(5_000), scale.of(225)),
             Self::FirstSync => format!("first sync of {} small files", scale.of(100_000)),
             Self::CatchUp => format!("1,400 changes in {} files while the link was cut", scale.files),
@@ -403,9 +403,9 @@ fn append(arena: &Arena, running: &mut Running) -> anyhow::Result<Figures> {
     const APPENDED: usize = 10 << 10;
     let (mut samples, mut payload) = (Samples::default(), 0);
     let ((), cost) = arena.measure(|| {
-        let file = File::options().append(true).open(arena.source.join("big"))?;
         for n in 0..50 {
-            (&file).write_all(&Rng::new(100 + n).bytes(APPENDED))?;
+            // Closed each time, as mail servers do: some hear of a change only then.
+            File::options().append(true).open(arena.source.join("big"))?.write_all(&Rng::new(100 + n).bytes(APPENDED))?;
             payload += APPENDED as u64;
             let began = Instant::now();
             reached(arena, running, vec!["big".into()])?;
