@@ -38,9 +38,8 @@ impl Receiving {
                 Some(content) => content,
                 None => self.find(hash, &entry, &path, lsn)?,
             },
-            Content::Known => self.find(hash, &entry, &path, lsn)?,
-            // The primary was told that it is here before it named it; what is not any more, it is asked for.
-            Content::Staged => self.find(hash, &entry, &path, lsn)?,
+            // Staged: the primary was told so before it named it; what is not here any more, it is asked for.
+            Content::Known | Content::Staged => self.find(hash, &entry, &path, lsn)?,
         };
         Ok(Op::Put { path, entry, content })
     }
