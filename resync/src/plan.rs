@@ -219,9 +219,9 @@ impl Planner<'_> {
             let row = self.view.row(from)?;
             // The capture took a moved directory's content as known under its old name: then the rename must be performed, or all of it looked at.
             let unseen = !self.seen.contains_key(to) && row.as_ref().is_some_and(|row| row.entry.is_dir());
-            // What it had there would stay, where another directory is by now.
+            // What it had there, or was moved into it, would stay, where another directory is by now.
             let stays = row.as_ref().is_some_and(|row| row.entry.is_dir())
-                && performed.iter().any(|other| from.is_within(other))
+                && performed.iter().any(|other| from.is_within(other) || other.is_within(from))
                 && self.seen.get(from) != Some(&Seen::Absent);
             let needed = unseen || stays || self.found(to).is_some_and(|f| f.entry.is_dir());
             let skipped = |why: &str| if needed { Err(PlanError::Rescan { path: to.clone(), why: why.into() }) } else { Ok(()) };

@@ -109,6 +109,12 @@ impl World {
         *self.counts.entry(what).or_default() += 1;
     }
 
+    /// For whoever reads a failure: between which changes of the server, and between which ops, it happened.
+    fn tell(&mut self, what: &str) {
+        self.server().said.push(format!("-- {what}"));
+        self.last_ops.push(format!("-- {what}"));
+    }
+
     /// An agent comes up on the state the one before left.
     fn start(&mut self) {
         self.lives += 1;
@@ -122,6 +128,7 @@ impl World {
 
     fn connect(&mut self) {
         self.count("sessions");
+        self.tell("a session begins");
         let (reply, mut answer) = oneshot::channel();
         self.command(Command::Hello(reply));
         let hello = answer.try_recv().unwrap();
@@ -144,6 +151,7 @@ impl World {
                 Step::Begin { from, reset } => break (from, reset),
                 Step::Pull(since) => {
                     self.count("pulls");
+                    self.tell("rows are pulled");
                     let mut rows = vec![];
                     if let Some(since) = since {
                         self.replica.each_gone(since, |path| rows.push((path, None))).unwrap();
@@ -157,6 +165,7 @@ impl World {
             }
         };
         if reset {
+            self.tell("from the beginning");
             self.position = from;
             self.chains = [(from.lsn, from.chain)].into();
         }
@@ -184,11 +193,13 @@ impl World {
     fn step(&mut self) {
         match self.rng.next(400) {
             0 if self.out.is_some() => {
+                self.tell("the link is cut");
                 self.cut();
                 self.command(Command::Down(self.sessions));
             }
             1 => {
                 self.count("kills");
+                self.tell("the agent is killed");
                 self.cut();
                 self.engine = None;
                 self.fences.clear();
@@ -242,6 +253,7 @@ impl World {
                 }
                 ToLink::Gone(hash) if self.missed.contains(&hash) => {
                     self.count("gone");
+                    self.tell("something is gone: the link is cut");
                     self.cut();
                     return self.command(Command::Down(self.sessions));
                 }
@@ -314,7 +326,7 @@ impl World {
         }
         assert_eq!(self.replica.digest(), txn.digest, "digest at {lsn}");
         let len = self.last_ops.len();
-        drop(self.last_ops.drain(..len.saturating_sub(60)));
+        drop(self.last_ops.drain(..len.saturating_sub(120)));
         self.position = txn.position;
         self.chains.insert(lsn, txn.position.chain);
         self.words.push_back(Command::Durable(lsn));
@@ -416,7 +428,7 @@ impl World {
         let held = |content: &usize| messages.contains(&server.hashes[*content]);
         let paths: Vec<&String> =
             server.tree.iter().filter(|(_, content)| content.as_ref().is_some_and(held)).map(|(path, _)| path).collect();
-        format!("{paths:?}, the store {:#?}, the log {:#?}", &server.said[server.said.len().saturating_sub(60)..], self.last_ops)
+        format!("{paths:?}, the store {:#?}, the log {:#?}", &server.said[server.said.len().saturating_sub(150)..], self.last_ops)
     }
 
     fn check_fences(&mut self) {
