@@ -42,7 +42,7 @@ soak-nodes FROM="1":
 
 # The simulation of both nodes with promotions and returns (root), likewise.
 soak-roles FROM="1":
-    TWINBOX_SIM_FROM={{ FROM }} TWINBOX_SIM_SEEDS=1000000 cargo test -p twinbox --lib two_nodes_that_change_roles -- --nocapture --ignored
+    TWINBOX_SIM_FROM={{ FROM }} TWINBOX_SIM_SEEDS=1000000 cargo test -p twinbox --lib two_nodes_that_change_roles -- --nocapture
 
 # Fuzz one target for some seconds (needs cargo-fuzz; RUSTC_BOOTSTRAP lets a stable toolchain instrument). See CONTRIBUTING.md.
 fuzz TARGET SECONDS="600" *ARGS:

@@ -489,10 +489,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Another content of the same inode: after a power cut its times cannot be trusted.
+    /// Another content of the same inode (for all we know: a row that was pulled has none): after a power cut its times cannot be trusted.
     pub(super) fn note_in_place(&mut self, found: &Found, row: Option<&Row>) -> Result<(), CaptureError> {
         let changed = |row: &&Row| {
-            row.local.is_some_and(|local| local.ino == found.local.ino)
+            row.local.is_none_or(|local| local.ino == found.local.ino)
                 && row.entry.hash().is_some()
                 && row.entry.hash() != found.entry.hash()
         };

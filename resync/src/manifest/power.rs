@@ -10,7 +10,7 @@ use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::path::RelPath;
 
 use super::{Manifest, decode, join, split};
-use crate::rows::Local;
+use crate::rows::{Local, RowError, Rows};
 
 impl Manifest {
     /// Notes that `path` had this content until `lsn` took it.
@@ -145,6 +145,32 @@ impl Manifest {
         self.commit(position)?;
         Ok(count)
     }
+
+    /// Files whose rows were changed after `durable`.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn changed_after(&self, durable: Lsn) -> rusqlite::Result<Vec<RelPath>> {
+        let mut paths = vec![];
+        self.each(Some(durable), |path, row, _| paths.extend(row.entry.hash().map(|_| path)))?;
+        Ok(paths)
+    }
+
+    /// Forgets the ctime noted of these files, so that they are read again.
+    ///
+    /// # Errors
+    /// SQLite's, or a row that cannot be read.
+    pub fn distrust(&mut self, paths: &[RelPath]) -> Result<(), RowError> {
+        let failed = |e: &rusqlite::Error| RowError::Store { detail: e.to_string() };
+        let position = self.position().map_err(|e| failed(&e))?;
+        self.begin().map_err(|e| failed(&e))?;
+        for path in paths {
+            if let Some(local) = self.row(path)?.and_then(|row| row.local) {
+                self.set_local(path, Some(Local { ctime: Time::default(), ..local })).map_err(|e| failed(&e))?;
+            }
+        }
+        self.commit(position).map_err(|e| failed(&e))
+    }
 }
 
 #[cfg(test)]
@@ -154,7 +180,7 @@ mod tests {
 
     use super::super::plain_dir;
     use super::*;
-    use crate::rows::{Row, Rows};
+    use crate::rows::Row;
     use crate::view::View;
 
     fn p(text: &str) -> RelPath {
@@ -241,5 +267,23 @@ mod tests {
         m.set_local(&p("a"), Some(Local { ino: 5, ctime: Time { secs: 9, nanos: 9 } })).unwrap();
         assert_eq!(m.distrust_in_place().unwrap(), 1);
         assert_eq!(m.row(&p("a")).unwrap().unwrap().local, Some(Local { ino: 5, ctime: Time::default() }));
+    }
+
+    #[test]
+    fn what_was_changed_after_the_mark_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = Manifest::open(&dir.path().join("m.db"), false).unwrap();
+        let noted = Some(Local { ino: 7, ctime: Time { secs: 9, nanos: 9 } });
+        for (lsn, name) in [(3, "before"), (4, "after"), (4, "gone"), (5, "unnoted")] {
+            m.set_lsn(Lsn(lsn));
+            m.set(&p(name), Some(Row { local: noted.filter(|_| name != "unnoted"), ..row(b"x", 7).unwrap() })).unwrap();
+        }
+        let changed = m.changed_after(Lsn(3)).unwrap();
+        assert_eq!(changed, ["after", "gone", "unnoted"].map(p));
+        m.set(&p("gone"), None).unwrap();
+        m.distrust(&changed).unwrap();
+        let local = |name: &str| m.row(&p(name)).unwrap().and_then(|row| row.local);
+        assert_eq!([local("before"), local("unnoted"), local("gone")], [noted, None, None]);
+        assert_eq!(local("after"), Some(Local { ino: 7, ctime: Time::default() }));
     }
 }

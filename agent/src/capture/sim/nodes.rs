@@ -739,7 +739,6 @@ fn two_nodes_on_disks_that_lose_power() {
 }
 
 #[test]
-#[ignore = "finds an open defect once in some hundred seeds (ARCHITECTURE, Open defects): `just soak-roles`"]
 fn two_nodes_that_change_roles() {
     seeds("two_nodes_that_change_roles", 30, true);
 }
