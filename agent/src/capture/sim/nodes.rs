@@ -495,7 +495,7 @@ impl Nodes {
             self.start_standby();
         }
         self.heal(now);
-        self.check_promises();
+        self.check_promises(false);
         // What the server had removed and the power cut brought back is new on the standby.
         let removed = self.server().removed.clone();
         self.seen.retain(|hash| !removed.contains(hash));
@@ -545,7 +545,8 @@ impl Nodes {
     }
 
     /// Every message that a fence answered for, and that the server did not remove, is in the store.
-    pub(super) fn check_promises(&mut self) {
+    /// `cut`: it is what one txn left, in the middle of others: see ARCHITECTURE, Open defects, for what has several names.
+    pub(super) fn check_promises(&mut self, cut: bool) {
         let server = self.server();
         let mut here = BTreeSet::new();
         each_below(&server.root, &mut |path, meta| {
@@ -555,8 +556,14 @@ impl Nodes {
         });
         let lost: Vec<ContentHash> =
             self.promised.iter().filter(|hash| !server.removed.contains(hash) && !here.contains(hash)).copied().collect();
+        let lost: Vec<ContentHash> = lost.into_iter().filter(|hash| !cut || !server.may_be_nowhere(hash)).collect();
         drop(server);
-        assert!(lost.is_empty(), "after a power cut {} fenced messages are not in the store: {}", lost.len(), self.story(&lost));
+        assert!(
+            lost.is_empty(),
+            "after a power cut or a promotion {} fenced messages are not in the store: {}",
+            lost.len(),
+            self.story(&lost)
+        );
     }
 
     /// What happened lately, and where messages should be.

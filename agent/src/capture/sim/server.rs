@@ -209,6 +209,11 @@ impl Server {
         }
     }
 
+    /// See `several`: while nobody watched it may have been gone under one name before it was there under another.
+    pub(super) fn may_be_nowhere(&self, hash: &ContentHash) -> bool {
+        !self.hard && self.several.contains(hash)
+    }
+
     /// Of the messages that were `seen` on the standby those that should be `here` and are not.
     pub(super) fn lost(&self, seen: &BTreeSet<ContentHash>, here: &BTreeSet<ContentHash>) -> Vec<ContentHash> {
         let ought = |hash: &&ContentHash| self.messages.contains(hash) && !self.several.contains(hash) && !self.removed.contains(hash);
