@@ -9,7 +9,7 @@ use twinbox_protocol::entry::{Entry, Time};
 use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::path::RelPath;
 
-use super::{Manifest, decode, join, split};
+use super::{Manifest, decode, join, split, store};
 use crate::rows::{Local, RowError, Rows};
 
 impl Manifest {
@@ -161,15 +161,14 @@ impl Manifest {
     /// # Errors
     /// SQLite's, or a row that cannot be read.
     pub fn distrust(&mut self, paths: &[RelPath]) -> Result<(), RowError> {
-        let failed = |e: &rusqlite::Error| RowError::Store { detail: e.to_string() };
-        let position = self.position().map_err(|e| failed(&e))?;
-        self.begin().map_err(|e| failed(&e))?;
+        let position = self.position().map_err(|e| store(&e))?;
+        self.begin().map_err(|e| store(&e))?;
         for path in paths {
             if let Some(local) = self.row(path)?.and_then(|row| row.local) {
-                self.set_local(path, Some(Local { ctime: Time::default(), ..local })).map_err(|e| failed(&e))?;
+                self.set_local(path, Some(Local { ctime: Time::default(), ..local })).map_err(|e| store(&e))?;
             }
         }
-        self.commit(position).map_err(|e| failed(&e))
+        self.commit(position).map_err(|e| store(&e))
     }
 }
 

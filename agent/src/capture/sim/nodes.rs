@@ -554,9 +554,8 @@ impl Nodes {
                 here.insert(ContentHash::of(&fs::read(server.root.join(path)).unwrap()));
             }
         });
-        let lost: Vec<ContentHash> =
-            self.promised.iter().filter(|hash| !server.removed.contains(hash) && !here.contains(hash)).copied().collect();
-        let lost: Vec<ContentHash> = lost.into_iter().filter(|hash| !cut || !server.may_be_nowhere(hash)).collect();
+        let excused = |hash: &ContentHash| server.removed.contains(hash) || (cut && server.may_be_nowhere(hash));
+        let lost: Vec<ContentHash> = self.promised.iter().filter(|hash| !here.contains(hash) && !excused(hash)).copied().collect();
         drop(server);
         assert!(
             lost.is_empty(),
