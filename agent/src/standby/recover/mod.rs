@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs as rfs;
+use twinbox_protocol::ids::Lsn;
 use twinbox_protocol::msg::Position;
 use twinbox_protocol::path::RelPath;
 use twinbox_resync::manifest::Manifest;
@@ -92,6 +93,7 @@ pub(super) fn recover(
     let plan = work.plan()?;
     work.settle(&plan)?;
     let problems = work.verify()?;
+    work.let_go();
     let (complete, captured_ns) = (work.suffix.complete, work.suffix.captured_ns);
     replica.dirs.clear();
     rfs::syncfs(replica.root.fd()).map_err(|e| StandbyError::io("syncfs of the replica", e))?;
@@ -100,6 +102,14 @@ pub(super) fn recover(
 }
 
 impl Work<'_> {
+    /// Recovery needs no content beside the replica any more; nor one that an earlier recovery, interrupted, had saved and this one found in its place.
+    fn let_go(&self) {
+        let wanted = self.wanted.values().flatten().filter_map(|row| row.entry.hash());
+        for hash in self.suffix.known.iter().copied().chain(wanted) {
+            self.staging.pin(hash, Lsn(u64::MAX));
+        }
+    }
+
     /// Completes the set of paths: link partners share an inode, directories above get their times back.
     fn gather(&mut self) -> Result<(), StandbyError> {
         let touched: Vec<RelPath> = self.before.keys().cloned().collect();

@@ -288,6 +288,13 @@ proptest! {
     }
 }
 
+/// The first recovery saves a content beside the replica and dies; the second finds it in its place, and must not leave the saved one behind.
+#[tokio::test]
+async fn what_an_interrupted_recovery_saved_goes_with_the_next() {
+    history(&[Act::Put(6, 0), Act::MoveDir(2, 3)], &[Act::Put(8, 1), Act::MoveDir(3, 2)], &[36], 0, 0).await;
+    history(&[Act::Put(9, 0)], &[Act::Rename(9, 14), Act::MoveDir(2, 1)], &[3], 0, 0).await;
+}
+
 #[tokio::test]
 async fn large_objects_moved_and_patched_survive_a_crash() {
     let mut rig = Rig::new().await;
