@@ -143,7 +143,7 @@ pub(super) fn fold(
         rows.manifest.set_lsn(record.frame.lsn);
         for op in &record.frame.ops {
             let source = match op {
-                Op::Rename { from, .. } => rows.row(from)?,
+                Op::Rename { from, .. } | Op::Link { from, .. } => rows.row(from)?,
                 _ => rows.row(op.path())?,
             };
             match rows::perform(&mut rows, op) {
@@ -175,6 +175,8 @@ pub(super) fn fold(
 impl Suffix {
     fn take(&mut self, op: &Op, source: Option<Row>, rows: &mut Noted<'_>, made: &mut u64) -> Result<(), StandbyError> {
         let dir = source.as_ref().is_some_and(|row| row.entry.is_dir());
+        // Of a name that the log makes by a link, and takes again, no row before it tells what it held.
+        self.known.extend(source.as_ref().and_then(|row| row.entry.hash()));
         let real = source.and_then(|row| row.local).map(|l| l.ino).filter(|ino| ino & MADE == 0);
         match op {
             Op::Put { path, entry, content } => {

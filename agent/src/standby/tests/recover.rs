@@ -295,6 +295,12 @@ async fn what_an_interrupted_recovery_saved_goes_with_the_next() {
     history(&[Act::Put(9, 0)], &[Act::Rename(9, 14), Act::MoveDir(2, 1)], &[3], 0, 0).await;
 }
 
+/// A name is linked and then replaced, both after the checkpoint: what it held between is the mirror's own.
+#[tokio::test]
+async fn what_a_name_was_linked_to_is_not_taken_for_somebody_elses_change() {
+    history(&[Act::Put(8, 1)], &[Act::Link(8, 6), Act::Put(10, 2), Act::Rename(10, 6)], &[3], 1, 0).await;
+}
+
 #[tokio::test]
 async fn large_objects_moved_and_patched_survive_a_crash() {
     let mut rig = Rig::new().await;
