@@ -53,6 +53,34 @@ fn io(error: std::io::Error) -> StandbyError {
     StandbyError::io("recovering the replica", error)
 }
 
+/// Whether every byte of a file is 0, or that which one of these has at its place.
+fn brings_nothing(file: &File, known: [&File; 2]) -> std::io::Result<bool> {
+    let mut at = 0;
+    let mut bytes = [0; 16 * 1024];
+    let mut theirs = [bytes; 2];
+    loop {
+        let got = file.read_at(&mut bytes, at)?;
+        if got == 0 {
+            return Ok(true);
+        }
+        for (known, theirs) in known.iter().zip(&mut theirs) {
+            theirs.fill(0);
+            let mut have = 0;
+            while have < got {
+                match known.read_at(&mut theirs[have..got], at + have as u64)? {
+                    0 => break,
+                    more => have += more,
+                }
+            }
+        }
+        let known_byte = |at: usize| bytes[at] == 0 || theirs.iter().any(|theirs| theirs[at] == bytes[at]);
+        if !(0..got).all(known_byte) {
+            return Ok(false);
+        }
+        at += got as u64;
+    }
+}
+
 impl Work<'_> {
     /// Moves what a rename of the log would still find at its old name: cheaper than copying, and checked like everything else afterwards.
     pub(super) fn redo_renames(&mut self) -> Result<(), StandbyError> {
@@ -249,7 +277,8 @@ impl Work<'_> {
         }
     }
 
-    /// Whether the file at `path` is one whose patching was interrupted: with all ranges of its patches written it is what they make of it.
+    /// Whether the file at `path` is one whose patching was interrupted: with all ranges of its patches written it is what they make of it, or there is nothing in it that was not in the
+    /// content they began with or in what they make of it (some of which a power cut took).
     pub(super) fn half_patched(&mut self, path: &RelPath, ino: u64) -> Result<bool, StandbyError> {
         let patches = &self.suffix.patches;
         let mine = |patch: &Patch| patch.ino.map_or(patch.path == *path, |of| of == ino);
@@ -262,6 +291,15 @@ impl Work<'_> {
             self.patch(&file, &self.chain(last).0, &built)?;
             if copy::hash(&built).map_err(io)? == new {
                 return Ok(true);
+            }
+            let (chain, bases) = self.chain(last);
+            let first = bases.last().map(|(_, base)| *base);
+            if let Some(first) = first.map(|first| self.whole(first)).transpose()?.flatten() {
+                built.set_len(0).map_err(io)?;
+                self.patch(&first, &chain, &built)?;
+                if brings_nothing(&file, [&first, &built]).map_err(io)? {
+                    return Ok(true);
+                }
             }
         }
         Ok(false)

@@ -228,13 +228,18 @@ async fn history(before: &[Act], after: &[Act], reached: &[u8], applied: usize, 
         }
     }
     rig.crash();
-    // What of the txns not applied reached the disk, in any order that keeps each op's own.
-    for ((model, ops), how) in all.iter().zip(reached.iter().cycle()) {
-        if how % 3 != 0 {
-            ops.iter()
-                .enumerate()
-                .filter(|(at, _)| (how >> (at % 6 + 2)) & 1 == 0)
-                .for_each(|(_, op)| effect(&rig.root(), model, op, how % 3 == 2));
+    // What of the txns not applied reached the disk, in any order that keeps each op's own; but file systems keep the order of names: what a link or a rename leads to is not lost because
+    // a later change of its old name was faster.
+    let names = |op: &Op| !matches!(op, Op::Patch { .. } | Op::SetMeta { .. });
+    let reaches = |at: usize, how: u8| !how.is_multiple_of(3) && (how >> (at % 6 + 2)) & 1 == 0;
+    let hows: Vec<u8> = reached.iter().copied().cycle().take(all.len()).collect();
+    let last = all.iter().zip(&hows).rposition(|((_, ops), how)| ops.iter().enumerate().any(|(at, op)| names(op) && reaches(at, *how)));
+    for (txn, ((model, ops), how)) in all.iter().zip(&hows).enumerate() {
+        for (at, op) in ops.iter().enumerate() {
+            let overtaken = matches!(op, Op::Link { .. } | Op::Rename { .. }) && last.is_some_and(|last| txn < last);
+            if overtaken || reaches(at, *how) {
+                effect(&rig.root(), model, op, how % 3 == 2);
+            }
         }
     }
     if all.iter().any(|(_, ops)| !ops.is_empty()) {
@@ -299,6 +304,13 @@ async fn what_an_interrupted_recovery_saved_goes_with_the_next() {
 #[tokio::test]
 async fn what_a_name_was_linked_to_is_not_taken_for_somebody_elses_change() {
     history(&[Act::Put(8, 1)], &[Act::Link(8, 6), Act::Put(10, 2), Act::Rename(10, 6)], &[3], 1, 0).await;
+}
+
+/// Half of what was put reached the disk, and all of what was written to it then.
+#[tokio::test]
+async fn a_torn_file_that_was_patched_since_is_not_taken_for_somebody_elses_change() {
+    history(&[], &[Act::Put(13, 1), Act::Patch(13, 1, 1)], &[248, 226], 0, 0).await;
+    history(&[], &[Act::Put(13, 3), Act::Patch(13, 1, 1)], &[248, 226], 0, 0).await;
 }
 
 #[tokio::test]
