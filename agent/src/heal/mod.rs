@@ -178,6 +178,10 @@ pub fn need(node: &str, state_dir: &Path, spec: MirrorSpec, force: bool) -> Resu
     }
     if history.reserved <= mark.lsn {
         // No transaction was ever numbered above what is durable here (none at all, or none since this node was promoted), so the standby has nothing that this disk could lack.
+        // What was written in place since, with no standby, can be new bytes under old times.
+        if let Some((mut manifest, _)) = known {
+            manifest.distrust_in_place().map_err(|e| manifest.state_error(&e))?;
+        }
         state.set_local_mark(&spec.name, &LocalMark { boot, ..mark })?;
         return Ok(None);
     }

@@ -765,6 +765,26 @@ fn need_follows_the_mark() {
     fs::create_dir(&another.root).unwrap();
     assert!(matches!(need("a", dir.path(), another.clone(), false), Err(HealError::Role(RoleError::OtherRoot { .. }))));
     assert!(!adopting(&another), "another directory, taken over as it is");
+    // A node that was promoted and is alone: what it wrote in place has bytes that its times do not tell.
+    let mirror_dir = crate::roles::mirror_dir(dir.path(), "m");
+    fs::create_dir_all(&mirror_dir).unwrap();
+    let (path, noted) = (p("index"), Local { ino: 5, ctime: later() });
+    let open = || Manifest::open(&mirror_dir.join("manifest.db"), false).unwrap();
+    let local = || open().row(&path).unwrap().unwrap().local.unwrap();
+    let mut manifest = open();
+    let kind = Kind::File { size: 1, hash: ContentHash::of(b"1") };
+    manifest.set(&path, Some(Row { entry: Rig::entry(kind), local: Some(noted) })).unwrap();
+    manifest.note_in_place(5).unwrap();
+    manifest.commit(Position::START).unwrap();
+    drop(manifest);
+    let mark = LocalMark { lsn: history.reserved, ..torn.clone() };
+    state.set_local_mark("m", &LocalMark { boot: boot.clone(), ..mark.clone() }).unwrap();
+    assert!(!is_needed(false));
+    assert_eq!(local(), noted, "the same boot");
+    state.set_local_mark("m", &mark).unwrap();
+    assert!(!is_needed(false), "the standby has nothing that it lacks");
+    assert_eq!(local(), Local { ctime: Time::default(), ..noted });
+    assert_eq!(state.local_mark("m").unwrap().unwrap().boot, boot);
     state.set_local_mark("m", &torn).unwrap();
     history.reserved = Lsn::ZERO;
     state.set_mirror("m", &history).unwrap();
