@@ -311,11 +311,11 @@ impl View {
         Ok(())
     }
 
-    /// Notes that an inode is written in place; stored with the next commit.
+    /// Notes that an inode is written in place, stored with the next commit; whether that was not known.
     ///
     /// # Errors
     /// [`RowError::Store`].
-    pub fn note_in_place(&self, ino: u64) -> Result<(), RowError> {
+    pub fn note_in_place(&self, ino: u64) -> Result<bool, RowError> {
         self.manifest.begin().and_then(|()| self.manifest.note_in_place(ino)).map_err(|e| store(&e))
     }
 

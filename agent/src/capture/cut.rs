@@ -494,6 +494,7 @@ impl Engine {
         let changed = |row: &&Row| {
             row.local.is_none_or(|local| local.ino == found.local.ino)
                 && row.entry.hash().is_some()
+                && found.entry.hash().is_some()
                 && row.entry.hash() != found.entry.hash()
         };
         if row.filter(changed).is_some() {

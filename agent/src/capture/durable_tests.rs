@@ -57,6 +57,25 @@ fn inodes_written_in_place_are_noted_and_no_others() {
     assert_eq!(rig.engine.view.manifest().in_place_after(Some(ino)).unwrap(), None);
 }
 
+/// With no standby nothing is read until there is one again; power may be lost before, and new bytes be under old times.
+#[test]
+fn what_is_written_in_place_with_no_standby_is_noted_at_once() {
+    let mut rig = Rig::new();
+    rig.connect();
+    let ino = write(&rig, "log", b"line\n");
+    write(&rig, "other", b"1");
+    settle(&mut rig);
+    rig.disconnect();
+    rig.turn();
+    write(&rig, "log", b"LINE\n");
+    write(&rig, "new", b"1");
+    rig.until("it to be noted", |rig| rig.engine.view.manifest().in_place_after(None).unwrap() == Some(ino));
+    assert_eq!(rig.engine.view.manifest().in_place_after(Some(ino)).unwrap(), None);
+    assert!(rig.engine.noted_alone, "and to be written to the disk");
+    rig.engine.store_locals().unwrap();
+    assert!(!rig.engine.noted_alone);
+}
+
 /// A large file that is written all over is sent ahead and named, not patched: written in place it is all the same.
 #[test]
 fn a_large_file_written_all_over_in_place_is_noted() {

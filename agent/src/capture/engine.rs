@@ -249,6 +249,8 @@ pub(super) struct Engine {
     pub(super) proof: Option<Instant>,
     pub(super) summary: CaptureStatus,
     pub(super) pull: Option<super::session::Pull>,
+    /// An inode was noted as written in place while there was no standby: the note is to be on the disk before long.
+    pub(super) noted_alone: bool,
     /// The standby has come back with what it had alone, and is at no cut until everything that was dirty at this round is through.
     pub(super) comes_back: Option<ComesBack>,
     /// The standby that was welcomed says that it is at no cut, and what it lacks is not known to be in what it is sent.
@@ -381,6 +383,7 @@ impl Engine {
             proof: None,
             summary: CaptureStatus { unprotected_since: Some(SystemTime::now()), warnings: proofs.warnings, ..CaptureStatus::default() },
             pull: None,
+            noted_alone: false,
             comes_back: None,
             at_no_cut: false,
             fruitless: 0,
@@ -413,7 +416,7 @@ impl Engine {
         loop {
             self.pulse.enter(Stage::Commit);
             if !self.commands()? {
-                self.view.store_locals()?;
+                self.store_locals()?;
                 self.disk.stopped(self.outbox.last().lsn, &self.node);
                 return Ok(());
             }
@@ -432,13 +435,27 @@ impl Engine {
             self.pace.turns += 1;
             self.publish(busy);
             if !busy {
-                if self.pull.is_none() {
-                    self.view.store_locals()?; // Half a pull must still be taken back when its digest is wrong.
-                }
+                self.store_locals()?;
                 self.pulse.enter(Stage::Idle);
                 self.wait()?;
             }
         }
+    }
+
+    /// Stores what was noted of this node's own files.
+    pub(super) fn store_locals(&mut self) -> Result<(), CaptureError> {
+        if self.pull.is_some() {
+            return Ok(()); // Half a pull must still be taken back when its digest is wrong.
+        }
+        self.view.store_locals()?;
+        if std::mem::take(&mut self.noted_alone) {
+            // No acknowledgement waits for this thread while there is no standby.
+            let wal = self.config.mirror_dir.join("manifest.db-wal");
+            if let Err(error) = std::fs::File::open(wal).and_then(|wal| wal.sync_data()) {
+                tracing::debug!(mirror = %self.config.name, %error, "what is written in place is noted, but not yet on the disk");
+            }
+        }
+        Ok(())
     }
 
     fn commands(&mut self) -> Result<bool, CaptureError> {

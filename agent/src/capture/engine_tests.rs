@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use twinbox_protocol::codec::decode_log;
 use twinbox_protocol::digest::Digest;
 use twinbox_protocol::entry::{Kind, Time};
-use twinbox_protocol::msg::{BulkItem, Position, Replica, Welcome};
+use twinbox_protocol::msg::{BulkItem, Hello, Position, Replica, Welcome};
 use twinbox_protocol::ops::{FLAG_INITIAL, Op};
 use twinbox_resync::rows::{Local, Rows, perform};
 
@@ -1207,38 +1207,77 @@ fn a_pull_the_standby_never_heard_the_end_of_is_no_other_history() {
     assert!(matches!(step, Ok(Step::Pull(None))), "it is where it was: {step:?}");
 }
 
+/// Says hello, and is told of another manifest at the same position: what is asked for are its rows.
+fn pulling(rig: &mut Rig) -> Hello {
+    let (reply, mut answer) = oneshot::channel();
+    rig.engine.command(Command::Hello(reply)).unwrap();
+    let hello = answer.try_recv().unwrap();
+    let replica = Replica::Holds {
+        lineage: hello.lineage.clone(),
+        epoch: hello.epoch,
+        position: hello.position,
+        digest: Digest([7; 4]),
+        chain_at_yours: Some(hello.position.chain),
+        complete: true,
+    };
+    let (reply, mut answer) = oneshot::channel();
+    rig.engine.command(Command::Welcome(Box::new(testing::welcome(hello.chunker.clone(), replica)), reply)).unwrap();
+    assert!(matches!(answer.try_recv().unwrap(), Ok(Step::Pull(_))));
+    hello
+}
+
 #[test]
 fn a_pull_that_was_cut_short_leaves_nothing_behind() {
     let mut rig = started(&["u"]);
     fs::write(rig.root.join("u/x"), b"1").unwrap();
     rig.settle();
     rig.disconnect();
-    let hello = |rig: &mut Rig| {
-        let (reply, mut answer) = oneshot::channel();
-        rig.engine.command(Command::Hello(reply)).unwrap();
-        answer.try_recv().unwrap()
-    };
-    let first = hello(&mut rig);
-    let (position, digest) = (first.position, Digest([7; 4]));
-    let replica = Replica::Holds {
-        lineage: first.lineage.clone(),
-        epoch: first.epoch,
-        position,
-        digest,
-        chain_at_yours: Some(position.chain),
-        complete: true,
-    };
-    let (reply, mut answer) = oneshot::channel();
-    rig.engine.command(Command::Welcome(Box::new(testing::welcome(first.chunker.clone(), replica)), reply)).unwrap();
-    assert!(matches!(answer.try_recv().unwrap(), Ok(Step::Pull(_))));
+    let first = pulling(&mut rig);
     // One of its rows has come when the link is lost.
     let entry = rig.replica.row(&p("u/x")).unwrap().unwrap().entry;
     rig.engine.command(Command::Rows(vec![(p("u/y"), Some(entry)), (p("u/x"), None)])).unwrap();
-    let again = hello(&mut rig);
+    let (reply, mut answer) = oneshot::channel();
+    rig.engine.command(Command::Hello(reply)).unwrap();
+    let again = answer.try_recv().unwrap();
     assert_eq!((again.digest, again.position), (first.digest, first.position));
     rig.connect();
     rig.settle();
     rig.check();
+}
+
+/// The agent is stopped in the middle of a pull: half of the standby's rows are no rows of anybody's.
+#[test]
+fn a_stop_in_the_middle_of_a_pull_stores_nothing_of_it() {
+    let mut rig = started(&["u"]);
+    fs::write(rig.root.join("u/x"), b"1").unwrap();
+    rig.settle();
+    rig.disconnect();
+    let first = pulling(&mut rig);
+    rig.engine.command(Command::Rows(vec![(p("u/x"), None)])).unwrap();
+    rig.engine.store_locals().unwrap(); // As at a stop.
+    rig.restart();
+    assert_eq!(rig.engine.view.manifest().digest(), first.digest);
+}
+
+/// Not later than where the standby is: what is, is this node's own, and read again after a power cut.
+#[test]
+fn rows_that_were_pulled_are_as_old_as_the_standbys_position() {
+    let mut rig = started(&["u"]);
+    fs::write(rig.root.join("u/x"), b"1").unwrap();
+    rig.settle();
+    rig.disconnect();
+    let first = pulling(&mut rig);
+    let mut row = rig.replica.row(&p("u/x")).unwrap().unwrap();
+    row.entry.mode ^= 0o100;
+    rig.replica.set(&p("u/x"), Some(row.clone())).unwrap();
+    rig.engine.command(Command::Rows(vec![(p("u/x"), Some(row.entry))])).unwrap();
+    let (reply, mut answer) = oneshot::channel();
+    rig.engine.command(Command::RowsEnd(first.position, rig.replica.digest(), reply)).unwrap();
+    let step = answer.try_recv().unwrap();
+    assert!(matches!(step, Ok(Step::Begin { reset: false, .. })), "{step:?}");
+    let mut later = 0;
+    rig.engine.view.manifest().each(Some(first.position.lsn), |_, _, _| later += 1).unwrap();
+    assert_eq!(later, 0);
 }
 
 #[test]

@@ -89,6 +89,7 @@ impl Engine {
             self.closers.add(&path, Instant::now());
         } else if event.mask.intersects(ReadFlags::MODIFY | ReadFlags::CLOSE_WRITE) {
             let closed = event.mask.contains(ReadFlags::CLOSE_WRITE);
+            self.written_alone(&path)?;
             self.mark(&path, true, false, false);
             let group = self.group_of_marked(&path);
             self.sets.wrote(&group, &path, closed);
@@ -97,6 +98,20 @@ impl Engine {
             }
         } else {
             self.mark(&path, false, false, is_dir && event.mask.contains(ReadFlags::ATTRIB));
+        }
+        Ok(())
+    }
+
+    /// With no standby it may be long until this is looked at, and the power go before: what has a row is noted as written in place at once, since its bytes can then be new under old times.
+    fn written_alone(&mut self, path: &RelPath) -> Result<(), CaptureError> {
+        use twinbox_resync::rows::Rows;
+        if self.session.is_some() || self.pull.is_some() || self.sets.is_content_dirty(&self.group_of_marked(path), path) {
+            return Ok(());
+        }
+        if let Some(row) = self.view.row(&self.sets.origin(path))?.filter(|row| row.entry.hash().is_some())
+            && let Some(local) = row.local
+        {
+            self.noted_alone |= self.view.note_in_place(local.ino)?;
         }
         Ok(())
     }

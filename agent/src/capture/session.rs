@@ -406,7 +406,8 @@ impl Engine {
         };
         // Known to be this node's own, also when the manifest is lost.
         self.node.reserve(&self.config.name, from.lsn)?;
-        let done = self.view.replace(|manifest| manifest.commit(from));
+        // Not later than where the standby is: what is, is this node's own.
+        let done = self.view.replace(|manifest| manifest.settle(pull.mark, position.lsn).and_then(|()| manifest.commit(from)));
         done.map_err(|e| self.view.manifest().state_error(&e))?;
         self.outbox.handle_restart(from);
         if !pull.paths.is_empty() {

@@ -352,21 +352,14 @@ impl Job {
     async fn decide(&self, other: &mut Other, progress: Progress<'_>) -> Result<Stored, ResyncError> {
         let boot = io("the kernel's boot id", crate::heal::boot_id())?;
         let state = NodeState::open(&self.state_dir)?;
-        let cut = state.local_mark(&self.spec.name)?.filter(|mark| mark.boot != boot);
-        let changed = match &cut {
-            Some(mark) => {
-                let manifest = self.manifest()?;
-                manifest.changed_after(mark.lsn).map_err(|e| manifest.state_error(&e))?
-            }
-            None => vec![],
-        };
+        if let Some(mark) = state.local_mark(&self.spec.name)?.filter(|mark| mark.boot != boot) {
+            // New bytes can be under old times; what was changed after the mark may have its times, and not its bytes. Before the rows of the fork replace those, which tell what that is.
+            let mut manifest = self.manifest()?;
+            manifest.distrust_in_place().map_err(|e| manifest.state_error(&e))?;
+            manifest.distrust_after(mark.lsn).map_err(|e| manifest.state_error(&e))?;
+        }
         progress("asking for the rows of the fork", 0, None);
         let mut manifest = self.pull(other).await?;
-        if cut.is_some() {
-            // New bytes can be under old times; what was changed after the mark may have its times, and not its bytes.
-            manifest.distrust_in_place().map_err(|e| manifest.state_error(&e))?;
-            manifest.distrust(&changed)?;
-        }
         let known = self.known()?;
         let fork = manifest.position().map_err(|e| manifest.state_error(&e))?;
         let differences = self.look(&mut manifest, progress)?;

@@ -9,8 +9,8 @@ use twinbox_protocol::entry::{Entry, Time};
 use twinbox_protocol::ids::{ContentHash, Lsn};
 use twinbox_protocol::path::RelPath;
 
-use super::{Manifest, decode, join, split, store};
-use crate::rows::{Local, RowError, Rows};
+use super::{Manifest, decode, join, split};
+use crate::rows::Local;
 
 impl Manifest {
     /// Notes that `path` had this content until `lsn` took it.
@@ -99,12 +99,12 @@ impl Manifest {
         self.db.prepare_cached("SELECT 1 FROM gone WHERE path = ?1")?.exists([path.as_bytes()])
     }
 
-    /// Notes that an inode is written in place.
+    /// Notes that an inode is written in place; whether that was not known.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn note_in_place(&self, ino: u64) -> rusqlite::Result<()> {
-        self.db.prepare_cached("INSERT OR IGNORE INTO in_place VALUES (?1)")?.execute([ino as i64]).map(|_| ())
+    pub fn note_in_place(&self, ino: u64) -> rusqlite::Result<bool> {
+        self.db.prepare_cached("INSERT OR IGNORE INTO in_place VALUES (?1)")?.execute([ino as i64]).map(|new| new > 0)
     }
 
     /// The first inode after `after` that is written in place and still has a row; those without one are forgotten on the way.
@@ -146,29 +146,16 @@ impl Manifest {
         Ok(count)
     }
 
-    /// Files whose rows were changed after `durable`.
+    /// Forgets the ctime noted of everything whose row was changed after `durable`, so that it is read again.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn changed_after(&self, durable: Lsn) -> rusqlite::Result<Vec<RelPath>> {
-        let mut paths = vec![];
-        self.each(Some(durable), |path, row, _| paths.extend(row.entry.hash().map(|_| path)))?;
-        Ok(paths)
-    }
-
-    /// Forgets the ctime noted of these files, so that they are read again.
-    ///
-    /// # Errors
-    /// SQLite's, or a row that cannot be read.
-    pub fn distrust(&mut self, paths: &[RelPath]) -> Result<(), RowError> {
-        let position = self.position().map_err(|e| store(&e))?;
-        self.begin().map_err(|e| store(&e))?;
-        for path in paths {
-            if let Some(local) = self.row(path)?.and_then(|row| row.local) {
-                self.set_local(path, Some(Local { ctime: Time::default(), ..local })).map_err(|e| store(&e))?;
-            }
-        }
-        self.commit(position).map_err(|e| store(&e))
+    pub fn distrust_after(&mut self, durable: Lsn) -> rusqlite::Result<()> {
+        let position = self.position()?;
+        self.begin()?;
+        let all = "UPDATE file SET ctime_s = 0, ctime_ns = 0 WHERE lsn > ?1 AND ino IS NOT NULL";
+        self.db.prepare_cached(all)?.execute([durable.0 as i64])?;
+        self.commit(position)
     }
 }
 
@@ -179,7 +166,7 @@ mod tests {
 
     use super::super::plain_dir;
     use super::*;
-    use crate::rows::Row;
+    use crate::rows::{Row, Rows};
     use crate::view::View;
 
     fn p(text: &str) -> RelPath {
@@ -277,10 +264,8 @@ mod tests {
             m.set_lsn(Lsn(lsn));
             m.set(&p(name), Some(Row { local: noted.filter(|_| name != "unnoted"), ..row(b"x", 7).unwrap() })).unwrap();
         }
-        let changed = m.changed_after(Lsn(3)).unwrap();
-        assert_eq!(changed, ["after", "gone", "unnoted"].map(p));
         m.set(&p("gone"), None).unwrap();
-        m.distrust(&changed).unwrap();
+        m.distrust_after(Lsn(3)).unwrap();
         let local = |name: &str| m.row(&p(name)).unwrap().and_then(|row| row.local);
         assert_eq!([local("before"), local("unnoted"), local("gone")], [noted, None, None]);
         assert_eq!(local("after"), Some(Local { ino: 7, ctime: Time::default() }));
