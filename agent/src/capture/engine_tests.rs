@@ -1016,6 +1016,31 @@ fn a_message_moved_while_nobody_watched_is_never_nowhere_though_it_moves_on_whil
     }
 }
 
+/// Two names of one message, each of which goes to a folder of its own, one of them before or while anybody watches.
+#[test]
+fn a_message_of_two_names_that_both_move_while_nobody_watched_is_never_nowhere() {
+    for moment in [0, 1, 2, 4, 8] {
+        for early in [true, false] {
+            let mut rig = started(&["a", "b", "c", "d"]);
+            fs::write(rig.root.join("a/x"), b"mail").unwrap();
+            fs::hard_link(rig.root.join("a/x"), rig.root.join("b/x")).unwrap();
+            rig.settle();
+            rig.somewhere = vec!["a/x", "b/x", "c/x", "d/x"];
+            rig.disconnect();
+            fs::rename(rig.root.join("b/x"), rig.root.join("c/x")).unwrap();
+            // Where they are now waits.
+            fs::write(rig.root.join("c/big"), big()).unwrap();
+            fs::write(rig.root.join("d/big"), big()).unwrap();
+            if early {
+                fs::rename(rig.root.join("a/x"), rig.root.join("d/x")).unwrap();
+                moves_on(rig, moment, "b", "e");
+            } else {
+                moves_on(rig, moment, "a/x", "d/x");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_folder_that_left_the_tree_and_came_back_is_never_empty() {
     for overflow in [false, true] {

@@ -97,12 +97,12 @@ impl Fresh {
         self.by_look.contains_key(&(size, mtime))
     }
 
-    /// The names of this file, `ino` where that is known, by what they are now. With several names it may be a message delivered to many: copies, not a move, which would make one unit of all
-    /// their groups.
+    /// The names of this file, `ino` where that is known, by what they are now. Where it is not, what has several names may be a message delivered to many: copies, not a move. (Of a number that
+    /// is known whoever asks has seen that no other committed name has it.)
     pub(super) fn find(&self, (ino, size, mtime): (Option<u64>, u64, Time), stat: impl Fn(&RelPath) -> Option<Stat>) -> Vec<RelPath> {
         let was_it = |path: &&RelPath| ino.is_none_or(|ino| self.names.get(*path).copied().flatten().is_some_and(|was| was.0 == ino));
         let is_it = |path: &&RelPath| {
-            stat(path).is_some_and(|(now, names)| names == 1 && ino.map_or((now.1, now.2) == (size, mtime), |ino| ino == now.0))
+            stat(path).is_some_and(|(now, names)| ino.map_or(names == 1 && (now.1, now.2) == (size, mtime), |ino| ino == now.0))
         };
         self.by_look.get(&(size, mtime)).into_iter().flatten().filter(was_it).filter(is_it).cloned().collect()
     }
@@ -148,7 +148,7 @@ mod tests {
         assert!(!fresh.may_be(10, at(1)), "asked for anew under the new name");
         fresh.ask(disk);
         assert_eq!(fresh.find((Some(7), 10, at(1)), disk), [p("c/x")]);
-        assert_eq!(fresh.find((Some(7), 10, at(1)), |_| Some(((7, 10, at(1)), 2))), [], "it got another name since");
+        assert_eq!(fresh.find((Some(7), 10, at(1)), |_| Some(((7, 10, at(1)), 2))), [p("c/x")], "whatever names it got since");
         fresh.remove(&p("c/x"));
         assert!(!fresh.may_be(10, at(1)) && fresh.len() == 2);
     }

@@ -233,13 +233,12 @@ async fn history(before: &[Act], after: &[Act], reached: &[u8], applied: usize, 
     let names = |op: &Op| !matches!(op, Op::Patch { .. } | Op::SetMeta { .. });
     let reaches = |at: usize, how: u8| !how.is_multiple_of(3) && (how >> (at % 6 + 2)) & 1 == 0;
     let hows: Vec<u8> = reached.iter().copied().cycle().take(all.len()).collect();
-    let last = all.iter().zip(&hows).rposition(|((_, ops), how)| ops.iter().enumerate().any(|(at, op)| names(op) && reaches(at, *how)));
-    for (txn, ((model, ops), how)) in all.iter().zip(&hows).enumerate() {
-        for (at, op) in ops.iter().enumerate() {
-            let overtaken = matches!(op, Op::Link { .. } | Op::Rename { .. }) && last.is_some_and(|last| txn < last);
-            if overtaken || reaches(at, *how) {
-                effect(&rig.root(), model, op, how % 3 == 2);
-            }
+    let each = || all.iter().zip(&hows).flat_map(|((model, ops), how)| ops.iter().enumerate().map(move |(at, op)| (model, at, op, *how)));
+    let last = each().enumerate().filter(|(_, (_, at, op, how))| names(op) && reaches(*at, *how)).last().map(|(nth, _)| nth);
+    for (nth, (model, at, op, how)) in each().enumerate() {
+        let overtaken = matches!(op, Op::Link { .. } | Op::Rename { .. }) && last.is_some_and(|last| nth < last);
+        if overtaken || reaches(at, how) {
+            effect(&rig.root(), model, op, how % 3 == 2);
         }
     }
     if all.iter().any(|(_, ops)| !ops.is_empty()) {
