@@ -89,6 +89,16 @@ fn accepts_everything_documented() {
     assert_eq!(Config::parse(&config.to_toml()).expect("reads its own writing"), config);
 }
 
+/// Each line of the file may be missing.
+#[test]
+fn what_is_left_out_stays_out() {
+    for line in FULL.lines().filter(|line| line.contains(" = ")) {
+        if let Ok(config) = Config::parse(&FULL.replacen(line, "", 1)) {
+            assert_eq!(Config::parse(&config.to_toml()).expect("reads its own writing"), config, "without {line}");
+        }
+    }
+}
+
 #[test]
 fn each_mistake_is_named_with_its_place() {
     let mirror = |lines: &str| {

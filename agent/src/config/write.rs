@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use super::{Config, ConfigError, LIMITS, Limits, Mirror, Peer};
+use super::{Config, ConfigError, LIMITS, Limits, Mirror, Peer, Verify};
 use crate::atomic;
 use crate::duration::duration_text;
 use crate::hooks::{Hook, Hooks};
@@ -94,9 +94,10 @@ impl Config {
             out,
             "\n# How often this disk is read in full and compared with what it should hold (`twinbox verify`); without interval: never."
         )?;
-        let commented = if self.verify.interval.is_none() { "# " } else { "" };
+        let commented = if self.verify == Verify::default() { "# " } else { "" };
+        let never = if self.verify.interval.is_none() { "# " } else { "" };
         let interval = self.verify.interval.unwrap_or(Duration::from_secs(30 * 24 * 3600));
-        writeln!(out, "{commented}[verify]\n{commented}interval = {}", quoted(&duration_text(interval)))?;
+        writeln!(out, "{commented}[verify]\n{never}interval = {}", quoted(&duration_text(interval)))?;
         writeln!(out, "# Put right what differs; what was there is kept in rescue.\n{commented}repair = {}", self.verify.repair)?;
         writeln!(out, "# MiB read a second\n{commented}rate_mib = {}", self.verify.rate >> 20)?;
         for mirror in &self.mirrors {
