@@ -881,6 +881,30 @@ fn a_message_moved_by_link_and_unlink_is_never_nowhere() {
     assert!(rig.engine.fresh.is_empty());
 }
 
+/// A heal put it back after a power cut: its row has another number.
+#[test]
+fn a_message_that_got_another_number_and_moves_is_never_nowhere() {
+    let mut rig = started(&["a", "b"]);
+    fs::write(rig.root.join("a/x"), b"mail").unwrap();
+    rig.settle();
+    rig.somewhere = vec!["a/x", "b/x"];
+    let other = |manifest: &mut Manifest| {
+        let position = manifest.position()?;
+        manifest.begin()?;
+        manifest.set_local(&p("a/x"), Some(Local { ino: 1 << 40, ctime: Time::default() }))?;
+        manifest.commit(position)
+    };
+    rig.engine.view.replace(other).unwrap();
+    rig.stage = false;
+    fs::write(rig.root.join("b/big"), big()).unwrap(); // b waits.
+    fs::hard_link(rig.root.join("a/x"), rig.root.join("b/x")).unwrap();
+    fs::remove_file(rig.root.join("a/x")).unwrap();
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
 #[test]
 fn a_users_directory_renamed_is_never_nowhere_though_it_is_compared_before_it_is_cut() {
     let mut rig = started(&["x"]);

@@ -16,7 +16,8 @@ pub(super) type Stat = (Which, u64);
 /// See the module's text.
 #[derive(Debug, Default)]
 pub(super) struct Fresh {
-    names: BTreeMap<RelPath, Option<Which>>,
+    /// With size and mtime, once somebody asked.
+    names: BTreeMap<RelPath, Option<(u64, Time)>>,
     /// Of these, such as nobody has asked for, or was there when somebody did.
     unasked: BTreeSet<RelPath>,
     by_look: HashMap<(u64, Time), BTreeSet<RelPath>>,
@@ -46,7 +47,7 @@ impl Fresh {
     pub(super) fn remove(&mut self, path: &RelPath) {
         let Some(which) = self.names.remove(path) else { return };
         self.unasked.remove(path);
-        if let Some((_, size, mtime)) = which
+        if let Some((size, mtime)) = which
             && let Some(names) = self.by_look.get_mut(&(size, mtime))
         {
             names.remove(path);
@@ -85,8 +86,8 @@ impl Fresh {
     /// Asks what those are of which that is not known.
     pub(super) fn ask(&mut self, stat: impl Fn(&RelPath) -> Option<Stat>) {
         self.unasked.retain(|path| {
-            let Some(((ino, size, mtime), _)) = stat(path) else { return true };
-            self.names.insert(path.clone(), Some((ino, size, mtime)));
+            let Some(((_, size, mtime), _)) = stat(path) else { return true };
+            self.names.insert(path.clone(), Some((size, mtime)));
             self.by_look.entry((size, mtime)).or_default().insert(path.clone());
             false
         });
@@ -97,14 +98,12 @@ impl Fresh {
         self.by_look.contains_key(&(size, mtime))
     }
 
-    /// The names of this file, `ino` where that is known, by what they are now. Where it is not, what has several names may be a message delivered to many: copies, not a move. (Of a number that
-    /// is known whoever asks has seen that no other committed name has it.)
+    /// The names of this file, by what they are now: such as have its number, where that is known (of which whoever asks has seen that no other committed name has it), and such as look like it:
+    /// after a heal it has another number than its row. Of those, what has several names may be a message delivered to many: copies, not a move.
     pub(super) fn find(&self, (ino, size, mtime): (Option<u64>, u64, Time), stat: impl Fn(&RelPath) -> Option<Stat>) -> Vec<RelPath> {
-        let was_it = |path: &&RelPath| ino.is_none_or(|ino| self.names.get(*path).copied().flatten().is_some_and(|was| was.0 == ino));
-        let is_it = |path: &&RelPath| {
-            stat(path).is_some_and(|(now, names)| ino.map_or(names == 1 && (now.1, now.2) == (size, mtime), |ino| ino == now.0))
-        };
-        self.by_look.get(&(size, mtime)).into_iter().flatten().filter(was_it).filter(is_it).cloned().collect()
+        let is_it =
+            |path: &&RelPath| stat(path).is_some_and(|(now, names)| ino == Some(now.0) || names == 1 && (now.1, now.2) == (size, mtime));
+        self.by_look.get(&(size, mtime)).into_iter().flatten().filter(is_it).cloned().collect()
     }
 
     /// A name is gone, with all below it that is.
@@ -142,7 +141,9 @@ mod tests {
         assert!(fresh.may_be(10, at(1)) && !fresh.may_be(11, at(1)));
         assert_eq!(fresh.find((Some(7), 10, at(1)), disk), [p("b/x")]);
         assert_eq!(fresh.find((None, 10, at(1)), disk), [p("b/x")], "the other has two names");
-        assert_eq!(fresh.find((Some(9), 10, at(1)), disk), []);
+        assert_eq!(fresh.find((Some(9), 10, at(1)), disk), [p("b/x")], "it got another number");
+        assert_eq!(fresh.find((Some(8), 10, at(1)), disk), [p("b/linked"), p("b/x")]);
+        assert_eq!(fresh.find((Some(7), 11, at(1)), disk), []);
         fresh.moved(&p("b"), &p("c"));
         assert!(fresh.any_within(&p("c")) && !fresh.any_within(&p("b")) && fresh.any_within(&RelPath::root()));
         assert!(!fresh.may_be(10, at(1)), "asked for anew under the new name");
