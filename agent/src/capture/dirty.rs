@@ -720,7 +720,12 @@ impl DirtySets {
         self.origins.of(path)
     }
 
-    /// Whether several things had the name of `path` since the last commit.
+    /// Where there may be a row of what had the name of `path` since the last commit, unless it [is ambiguous](Self::is_ambiguous).
+    pub fn origins(&self, path: &RelPath) -> impl Iterator<Item = RelPath> {
+        self.origins.all_of(path)
+    }
+
+    /// Whether several things were given the name of `path` since the last commit.
     #[must_use]
     pub fn is_ambiguous(&self, path: &RelPath) -> bool {
         self.origins.is_ambiguous(path)

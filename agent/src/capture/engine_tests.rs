@@ -361,6 +361,33 @@ fn names_that_came_and_went_while_the_standby_was_away_are_forgotten() {
     assert!(rig.engine.fresh.is_empty());
 }
 
+/// A file that nobody has heard of replaced one that the standby has, its folder was renamed, and it is gone: so is what it replaced, whatever name the standby has that under.
+#[test]
+fn what_was_replaced_before_its_folder_was_renamed_goes_with_what_replaced_it() {
+    let mut rig = started(&["u", "v"]);
+    for dir in ["u/d", "u/e", "u/e/f"] {
+        fs::create_dir(rig.root.join(dir)).unwrap();
+        fs::write(rig.root.join(dir).join("x"), b"old").unwrap();
+    }
+    rig.settle();
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap(); // u is not cut meanwhile.
+    for dir in ["u/d", "u/e/f"] {
+        fs::write(rig.root.join("v/new"), b"new").unwrap();
+        fs::rename(rig.root.join("v/new"), rig.root.join(dir).join("x")).unwrap();
+    }
+    for (from, to) in [("u/d", "u/d2"), ("u/e", "u/e2"), ("u/e2/f", "u/e2/f2"), ("u/e2", "u/e3")] {
+        fs::rename(rig.root.join(from), rig.root.join(to)).unwrap();
+    }
+    (0..20).for_each(|_| rig.turn()); // They are compared under their new names while it is there.
+    fs::remove_file(rig.root.join("u/d2/x")).unwrap();
+    fs::remove_file(rig.root.join("u/e3/f2/x")).unwrap();
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
 /// A folder that is renamed takes along what was read below it, also when its turn for a cut comes only after many renames.
 #[test]
 fn what_was_read_below_a_folder_is_not_read_again_because_that_was_renamed() {

@@ -138,9 +138,15 @@ impl Engine {
     /// Rows that are taken back or pulled later mark their paths, so that this holds as long as nobody says otherwise.
     pub(super) fn is_unheard_of(&self, path: &RelPath) -> Result<bool, CaptureError> {
         use twinbox_resync::rows::Rows;
-        let origin = self.sets.origin(path);
-        let known = !self.complete || self.pull.is_some() || self.collapsed || self.sets.is_ambiguous(path);
-        Ok(!known && self.view.row(path)?.is_none() && (origin == *path || self.view.row(&origin)?.is_none()))
+        if !self.complete || self.pull.is_some() || self.collapsed || self.sets.is_ambiguous(path) {
+            return Ok(false);
+        }
+        for name in self.sets.origins(path) {
+            if self.view.row(&name)?.is_some() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A file that is unheard of is gone: whether its bytes were to be read, and since which round, when it was dirty. A round that has seen it is spoiled.

@@ -76,6 +76,13 @@ impl Origins {
         nearest(path, |dir| self.rows.get(dir))
     }
 
+    /// Where rows can be of what had the name of `path`: its own, that of what was there when a directory above it was renamed, and that name, unless it [is ambiguous](Self::is_ambiguous).
+    pub(super) fn all_of(&self, path: &RelPath) -> impl Iterator<Item = RelPath> {
+        let above = std::iter::successors(Some(path.clone()), RelPath::parent);
+        let moved = above.filter_map(|at| path.rebase(&at, self.rows.get(&at)?));
+        moved.chain([path.clone()])
+    }
+
     /// Where what has its row at `origin` is by now.
     pub(super) fn now_at(&self, origin: &RelPath) -> RelPath {
         if self.now.is_empty() {
