@@ -388,6 +388,33 @@ fn what_was_replaced_before_its_folder_was_renamed_goes_with_what_replaced_it() 
     rig.check();
 }
 
+/// A file was moved into a folder, and is gone with that; another folder has had its name since, and has moved on: that it is gone is not told of the other folder alone.
+#[test]
+fn what_was_moved_into_a_folder_goes_with_that_though_another_had_its_name_since() {
+    let mut rig = started(&["u", "v"]);
+    for dir in ["u/d", "u/e"] {
+        fs::create_dir(rig.root.join(dir)).unwrap();
+        fs::write(rig.root.join(dir).join("x"), b"mail").unwrap();
+    }
+    fs::write(rig.root.join("v/m"), b"moved").unwrap();
+    rig.settle();
+    rig.stage = false;
+    fs::write(rig.root.join("u/big"), big()).unwrap(); // u is not cut meanwhile.
+    fs::hard_link(rig.root.join("v/m"), rig.root.join("u/m")).unwrap();
+    fs::rename(rig.root.join("v/m"), rig.root.join("u/d/m")).unwrap();
+    (0..20).for_each(|_| rig.turn());
+    fs::remove_dir_all(rig.root.join("u/d")).unwrap();
+    (0..20).for_each(|_| rig.turn());
+    for (from, to) in [("u/e", "u/d"), ("u/d", "u/f")] {
+        fs::rename(rig.root.join(from), rig.root.join(to)).unwrap();
+    }
+    fs::create_dir(rig.root.join("u/d")).unwrap();
+    (0..20).for_each(|_| rig.turn());
+    rig.stage = true;
+    rig.settle();
+    rig.check();
+}
+
 /// A folder that is renamed takes along what was read below it, also when its turn for a cut comes only after many renames.
 #[test]
 fn what_was_read_below_a_folder_is_not_read_again_because_that_was_renamed() {
