@@ -495,7 +495,7 @@ impl Nodes {
             self.start_standby();
         }
         self.heal(now);
-        self.check_promises();
+        self.check_promises(false);
         // What the server had removed and the power cut brought back is new on the standby.
         let removed = self.server().removed.clone();
         self.seen.retain(|hash| !removed.contains(hash));
@@ -545,7 +545,8 @@ impl Nodes {
     }
 
     /// Every message that a fence answered for, and that the server did not remove, is in the store.
-    pub(super) fn check_promises(&mut self) {
+    /// `cut`: it is what one txn left, in the middle of others: see ARCHITECTURE, Open defects, for what has several names.
+    pub(super) fn check_promises(&mut self, cut: bool) {
         let server = self.server();
         let mut here = BTreeSet::new();
         each_below(&server.root, &mut |path, meta| {
@@ -553,8 +554,8 @@ impl Nodes {
                 here.insert(ContentHash::of(&fs::read(server.root.join(path)).unwrap()));
             }
         });
-        let lost: Vec<ContentHash> =
-            self.promised.iter().filter(|hash| !here.contains(hash) && !server.removed.contains(hash)).copied().collect();
+        let excused = |hash: &ContentHash| server.removed.contains(hash) || (cut && server.may_be_nowhere(hash));
+        let lost: Vec<ContentHash> = self.promised.iter().filter(|hash| !here.contains(hash) && !excused(hash)).copied().collect();
         drop(server);
         assert!(
             lost.is_empty(),

@@ -74,7 +74,7 @@ impl Nodes {
             let mut server = self.server();
             (server.root, server.aside) = (root, aside);
         }
-        self.check_promises();
+        self.check_promises(true);
         self.server().reload();
         self.fork = contents(&self.tree(new));
         // Of another replica: what that one will have is not known.
