@@ -655,9 +655,6 @@ impl DirtySets {
         let bounds = (Bound::Included(low.as_slice()), Bound::Excluded(high.as_slice()));
         let (mut moved, round) = (vec![], self.round);
         let mut kept = super::ahead::take_within(&mut self.kept, from);
-        // A file that was renamed to such a name may have been in another directory that had this one, and is gone with that: the plan puts it there, and has to know what became of it.
-        let hints = self.groups.values().flat_map(|g| &g.hints).filter(|seen| !seen.is_dir && seen.hint.to.is_within(from));
-        let given: BTreeSet<RelPath> = hints.map(|seen| seen.hint.to.clone()).collect();
         for state in self.groups.values_mut() {
             let dirty: Vec<RelPath> = state.dirty.range::<[u8], _>(bounds).map(|(p, _)| p.clone()).collect();
             for path in dirty {
@@ -683,17 +680,21 @@ impl DirtySets {
                 moved.push((path, true, false, round));
             }
         }
+        // A file that was renamed to such a name may have been in another directory that had this one, and is gone with that: the plan puts it there, and has to know what became of it.
+        let hints = self
+            .groups
+            .values()
+            .filter(|_| !moved.is_empty())
+            .flat_map(|g| &g.hints)
+            .filter(|seen| !seen.is_dir && seen.hint.to.is_within(from));
+        let given: BTreeSet<RelPath> = hints.map(|seen| seen.hint.to.clone()).collect();
         for (path, content, scan, round) in moved {
-            if given.contains(&path) {
+            let stays = given.get(&path).map(|path| (path.clone(), true, true));
+            let goes = path.rebase(from, to).map(|path| (path, content, scan));
+            for (path, content, scan) in stays.into_iter().chain(goes) {
                 let own = group_of(&path);
-                self.mark(&own, &path, true, true, false, now);
+                self.mark(&own, &path, content, scan, false, now);
                 self.backdate(&own, &path, round);
-                self.join(group, &own);
-            }
-            if let Some(new) = path.rebase(from, to) {
-                let own = group_of(&new);
-                self.mark(&own, &new, content, scan, false, now);
-                self.backdate(&own, &new, round);
                 self.join(group, &own);
             }
         }

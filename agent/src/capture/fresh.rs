@@ -45,14 +45,14 @@ impl Fresh {
 
     /// It went, or is committed.
     pub(super) fn remove(&mut self, path: &RelPath) {
-        let Some(which) = self.names.remove(path) else { return };
+        let Some(look) = self.names.remove(path) else { return };
         self.unasked.remove(path);
-        if let Some((size, mtime)) = which
-            && let Some(names) = self.by_look.get_mut(&(size, mtime))
+        if let Some(look) = look
+            && let Some(names) = self.by_look.get_mut(&look)
         {
             names.remove(path);
             if names.is_empty() {
-                self.by_look.remove(&(size, mtime));
+                self.by_look.remove(&look);
             }
         }
     }

@@ -78,9 +78,9 @@ impl Origins {
 
     /// Where rows can be of what had the name of `path`: its own, that of what was there when a directory above it was renamed, and that name, unless it [is ambiguous](Self::is_ambiguous).
     pub(super) fn all_of(&self, path: &RelPath) -> impl Iterator<Item = RelPath> {
-        let above = std::iter::successors(Some(path.clone()), RelPath::parent);
-        let moved = above.filter_map(|at| path.rebase(&at, self.rows.get(&at)?));
-        moved.chain([path.clone()])
+        // Nothing was renamed, as nearly always: no walk up for each file that goes.
+        let above = std::iter::successors((!self.rows.is_empty()).then(|| path.clone()), RelPath::parent);
+        std::iter::once(path.clone()).chain(above.filter_map(|at| path.rebase(&at, self.rows.get(&at)?)))
     }
 
     /// Where what has its row at `origin` is by now.
